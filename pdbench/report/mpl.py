@@ -282,17 +282,9 @@ def _draw_series(axis: Axes, series: Series, ends: Counter[str]) -> None:
         ends.update(dict(zip(y, x, strict=True)))
     if series.kind == "points":  # bars have their labels at their ends, lines get theirs later
         for label, at, value in zip(series.labels, x, y, strict=False):
-            below = (
-                series.size / 2 + 2 + 11 * len(axis.texts)
-            )  # each a line lower than the one before, which may be near
-            place: dict[str, Any] = {
-                "color": series.shade,
-                "fontweight": "bold",
-                "ha": "center",
-                "va": "top",
-                "zorder": 4,
-            }
-            axis.annotate(label, (at, value), xytext=(0, -below), **OFFSET, **place)
+            below = series.size / 2 + 2 + 11 * len(axis.texts)  # a line lower than the one before, which may be near
+            look: dict[str, Any] = {"color": series.shade, "fontweight": "bold", "ha": "center", "va": "top"}
+            axis.annotate(label, (at, value), xytext=(0, -below), zorder=4, **OFFSET, **look)
 
 
 def _name_points(axis: Axes, lines: Sequence[Series]) -> None:

@@ -362,11 +362,8 @@ def _by_gpus(of: Sequence[Prediction], metric: str, *, on_gpus: bool) -> Panel:
         known = [each for each in of if each.verdict == verdict and metric in each.figures]
         if known:
             x, figures = [float(each.layout.gpus) for each in known], [each.figures[metric] for each in known]
-            y, labels, hollow = (
-                [figure.value for figure in figures],
-                [each.layout.name for each in known],
-                verdict == "refused",
-            )
+            y, hollow = [figure.value for figure in figures], verdict == "refused"
+            labels = [each.layout.name for each in known]
             drawn.append(_bars(x, figures, shade))
             drawn.append(
                 Series(kind="points", name=_(words), x=x, y=y, shade=shade, marker=marker, hollow=hollow, size=8)

@@ -195,14 +195,9 @@ def chart(document: Document) -> Chart:
     energy_axis = Axis(label=_("J per good request"), low=0)
     goodput = _("Goodput per GPU against the SLO's scale" if per_gpu else "Goodput against the SLO's scale")
     energy_scaled = _("Energy per request within the SLO against its scale")
+    sent, missing = Axis(label=_("requests/s"), low=0), _("no load was measured")
     panels = [
-        Panel(
-            title=_("Requests within the SLO"),
-            series=attained,
-            x=Axis(label=_("requests/s"), low=0),
-            y=share,
-            not_measured=_("no load was measured"),
-        ),
+        Panel(title=_("Requests within the SLO"), series=attained, x=sent, y=share, not_measured=missing),
         Panel(title=_("Energy per request within the SLO"), series=joules, x=rate, y=energy_axis),
         Panel(title=goodput, series=scaled, x=scale, y=rate),
         Panel(title=energy_scaled, series=scaled_joules, x=scale, y=energy_axis),
@@ -255,23 +250,12 @@ def clocks_chart(document: Document) -> Chart:
     ]
     rates = dict.fromkeys(best.rate_per_s for _name, best in entries)
     spent = Axis(label=_("J per good request"), low=0)
-    panels = [
-        Panel(
-            title=_("Energy and speed of every setting, same arrivals"),
-            series=settings,
-            x=Axis(label=_("share of the SLO used (1: just kept)"), low=0, high=MOST_USED),
-            y=spent,
-            lines=[1.0],
-            not_measured=_("no setting kept the SLO"),
-        ),
-        Panel(
-            title=_("What the cheapest clocks save"),
-            series=saved,
-            x=Axis(names=[name for name, *_rest in bars]),
-            y=spent,
-            not_measured=_("no setting is confirmed yet"),
-        ),
-    ]
+    used_share = Axis(label=_("share of the SLO used (1: just kept)"), low=0, high=MOST_USED)
+    title, missing = _("Energy and speed of every setting, same arrivals"), _("no setting kept the SLO")
+    panels = [Panel(title=title, series=settings, x=used_share, y=spent, lines=[1.0], not_measured=missing)]
+    title, missing = _("What the cheapest clocks save"), _("no setting is confirmed yet")
+    names = Axis(names=[name for name, *_rest in bars])
+    panels.append(Panel(title=title, series=saved, x=names, y=spent, not_measured=missing))
     at = _(", ").join(_("{0} requests/s", text.number(rate)) for rate in rates)
     return Chart(
         key="clocks",

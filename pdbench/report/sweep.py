@@ -176,21 +176,13 @@ def curves(rows: Sequence[Row]) -> Chart:
     load = rows[0][1].config.get("load") or {}
     limits = text.slo({name: limit for name, limit in load.items() if name not in rows[0][0]})
     within = _(" and ").join(f"{_(name)} ≤ {limit:g} ms" for name, limit in limits.items())
+    goodput = _("Goodput: requests/s with {0}", within or _("the SLO met"))
+    spent = text.title(cost) if metered else _("{0} (energy is not measured)", text.title(cost))
     panels = [
         _panel(rows, "ttft_p99_ms", _("TTFT p99 against throughput")),
         _panel(rows, "tbt_p99_ms", _("TBT p99 (every gap) against throughput")),
-        _panel(
-            rows,
-            "goodput_requests_per_s",
-            _("Goodput: requests/s with {0}", within or _("the SLO met")),
-            by_option=True,
-        ),
-        _panel(
-            rows,
-            cost,
-            text.title(cost) if metered else _("{0} (energy is not measured)", text.title(cost)),
-            by_option=True,
-        ),
+        _panel(rows, "goodput_requests_per_s", goodput, by_option=True),
+        _panel(rows, cost, spent, by_option=True),
     ]
     names = [run.name for _varied, run in rows]
     by_deployment = sorted(rows, key=lambda row: names.index(row[1].name))
@@ -228,17 +220,8 @@ def _panel(rows: Sequence[Row], metric: str, title: str, by_option: bool = False
     knees: list[tuple[float, float]] = []
     for (name, points), shade in zip(groups.items(), shades([*groups]), strict=True):
         x, y, labels = zip(*points, strict=True)
-        x = _places(x)
-        drawn.append(
-            Series(
-                name=_with_gpus(name, runs[name], rows),
-                x=x,
-                y=y,
-                shade=shade,
-                marker="o",
-                labels=() if by_option else labels,
-            )
-        )
+        x, shown, called = _places(x), () if by_option else labels, _with_gpus(name, runs[name], rows)
+        drawn.append(Series(name=called, x=x, y=y, shade=shade, marker="o", labels=shown))
         bend = None if by_option else knee(x, y)
         knees += [] if bend is None else [(x[bend], y[bend])]
     if void:
