@@ -206,7 +206,7 @@ def _search_one(loads: Loads, goal: Goal, entry: Held, keep: Callable[[], None])
         half_s = (goal.until_s - time.monotonic()) / 2
         own = replace(goal, until_s=time.monotonic() + half_s) if deployment.tune else goal
         search = Search(1 - goal.attain, load.rate or first_rate, _unit_arrivals(load))
-        _search_rate(loads, search, own, load, alone_s, entry, keep)
+        _search_rate(loads, search, own, alone_s, entry, keep)
     rate = goal.tune_rate or entry.low
     if deployment.tune and rate:
         rate = float(f"{rate:.4g}")
@@ -217,15 +217,10 @@ def _search_one(loads: Loads, goal: Goal, entry: Held, keep: Callable[[], None])
 
 
 def _search_rate(
-    loads: Loads,
-    search: Search,
-    goal: Goal,
-    load: LoadConfig,
-    alone_s: float,
-    entry: Held,
-    keep: Callable[[], None],
+    loads: Loads, search: Search, goal: Goal, alone_s: float, entry: Held, keep: Callable[[], None]
 ) -> None:
     """Loads at rates, a run at the rate found."""
+    load = loads.deployment.options.load
     number, limited, least_s, begin_s = 0, 0, settle_s(load, alone_s), time.monotonic()
     try:
         while number < MOST_LOADS:

@@ -13,7 +13,6 @@ import msgspec
 import numpy as np
 
 from pdbench import __version__, failures
-from pdbench.analysis.arrivals import Array
 from pdbench.analysis.curves import FIELDS, Curves, curves_of
 from pdbench.analysis.device_flags import POWER_CAPS
 from pdbench.analysis.energy import ROLE_ORDER, Energy, energy_of, joules, metered
@@ -21,6 +20,7 @@ from pdbench.analysis.flags import flags_of
 from pdbench.analysis.meter import EnergyWindow, Meter, PowerScope, mean_powers_w
 from pdbench.analysis.metrics import (
     METRICS,
+    Array,
     Requests,
     Spread,
     Timings,
