@@ -259,7 +259,7 @@ def checks_chart(of: Sequence[Check]) -> Chart:
             known = [metric for metric in LATENCIES if metric in each.measured]
             measured, figures = [each.measured[m] for m in known], [prediction.figures[m] for m in known]
             predicted = [figure.value for figure in figures]
-            drawn.append(_bars(measured, figures, shade))
+            drawn.append(interval_bars(measured, figures, shade))
             drawn.append(Series(kind="points", name=name, x=measured, y=predicted, shade=shade, size=6))
             values += [*measured, *predicted]
         low, high = (0.8 * min(values), 1.25 * max(values)) if values else (1.0, 10.0)
@@ -364,7 +364,7 @@ def _by_gpus(of: Sequence[Prediction], metric: str, *, on_gpus: bool) -> Panel:
             x, figures = [float(each.layout.gpus) for each in known], [each.figures[metric] for each in known]
             y, hollow = [figure.value for figure in figures], verdict == "refused"
             labels = [each.layout.name for each in known]
-            drawn.append(_bars(x, figures, shade))
+            drawn.append(interval_bars(x, figures, shade))
             drawn.append(
                 Series(kind="points", name=_(words), x=x, y=y, shade=shade, marker=marker, hollow=hollow, size=8)
             )
@@ -376,7 +376,8 @@ def _by_gpus(of: Sequence[Prediction], metric: str, *, on_gpus: bool) -> Panel:
     return Panel(title="", series=drawn, x=x_axis, y=y_axis)
 
 
-def _bars(x: Sequence[float], figures: Sequence[Figure], shade: str) -> Series:
+def interval_bars(x: Sequence[float], figures: Sequence[Figure], shade: str) -> Series:
+    """An upright bar at each `x` from its figure's low to its high."""
     at = [place for value in x for place in (value, value, np.nan)]
     ends = [end for figure in figures for end in (figure.low, figure.high, np.nan)]
     return Series(x=at, y=ends, shade=shade, width=2.5, opacity=0.45)

@@ -1,10 +1,12 @@
 """How long the requests of checked runs took, predicted and measured, as curves."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pdbench.plan.records import Check
 from pdbench.plan.seconds import SHARES
 from pdbench.report.chart_types import INK, SHADES, Axis, Chart, Panel, Series
+from pdbench.report.plan import interval_bars
 from pdbench.report.text import translate as _
 
 MOST_CHECKS = 4
@@ -32,16 +34,9 @@ def _curves(check: Check, name: str) -> Panel:
         for part, place in PLACES.items()
         if (figure := check.predicted.figures.get(f"{name}_{part}_ms")) is not None
     }
-    series = [
-        Series(
-            x=[end for figure in figures.values() for end in (figure.low, figure.high, float("nan"))],
-            y=[place for at in figures for place in (at, at, float("nan"))],
-            shade=shade,
-            width=5,
-            opacity=0.3,
-        ),
-        Series(name=_("measured"), x=measured, y=percent, shade=INK, width=2),
-    ]
+    upright = interval_bars([*figures], [*figures.values()], shade)
+    bars = replace(upright, x=upright.y, y=upright.x, width=5, opacity=0.3)
+    series = [bars, Series(name=_("measured"), x=measured, y=percent, shade=INK, width=2)]
     series += [Series(name=_("predicted"), x=predicted, y=percent, shade=shade, width=2)] if predicted else []
     # To the end of p99's interval, unless that is so wide that the curves would be a line at the left.
     most = max([measured[-1], *predicted[-1:], *(figure.high for figure in figures.values())])
