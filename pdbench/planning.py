@@ -24,7 +24,7 @@ from pdbench.plan.search import search
 from pdbench.records import Run, load_run
 from pdbench.report import mpl, tables
 from pdbench.report import plan as report
-from pdbench.report.plan_distributions import distributions_chart
+from pdbench.report.plan_curves import distributions_chart, steps_chart
 from pdbench.report.search_files import check_no_measured_search
 from pdbench.report.text import translate as _
 from pdbench.search import document
@@ -87,7 +87,7 @@ def plan(
     found = read_calibration(sources, console)
     files[CALIBRATION] = sealed(msgspec.json.format(msgspec.json.encode(found), indent=1))
     show(report.calibration(found))
-    drawn = [partial(report.steps_chart, found)]
+    drawn = [partial(steps_chart, found)]
     checks = []
     for path in checked:
         try:

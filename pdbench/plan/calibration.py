@@ -14,7 +14,7 @@ from pdbench.analysis.run_analysis import is_foreign
 from pdbench.config import LoadConfig, ServeConfig
 from pdbench.config.serving import last_value
 from pdbench.errors import UserError
-from pdbench.plan import fit, power
+from pdbench.plan import fit, power, way_in
 from pdbench.plan.engine import COSTS, Box, Costs, Engine, Handoff, Kind, Limits, Role
 from pdbench.plan.limits import gpus_each, limits_of
 from pdbench.plan.prefill import prefill_alone
@@ -173,15 +173,15 @@ def _calibrate_role(role: Role, parts: list[Part], known: Mapping[Role, RoleCali
     if decode is None:
         tokens, took_s = (np.concatenate(parts) for parts in zip(*(visit.ways_in() for visit in visits), strict=True))
         if len(tokens):
-            way_in = fit.way_in(tokens, took_s)
+            ingress = way_in.of_idle(tokens, took_s)
         elif colocated:
-            way_in = colocated.engine.costs.ingress_s, colocated.engine.costs.ingress_per_token_s
+            ingress = colocated.engine.costs.ingress_s, colocated.engine.costs.ingress_per_token_s
         else:
-            way_in = USUAL_INGRESS_S, 0.0
+            ingress = USUAL_INGRESS_S, 0.0
             assumed.append(
                 f"{1e3 * USUAL_INGRESS_S:.0f} ms from sending to scheduling (a single instance's run would show it)"
             )
-        prefill = prefill_alone(visits, trials, limits, way_in)
+        prefill = prefill_alone(visits, trials, limits, ingress)
         together = max(int(visit.steps()[0].max()) for visit in visits)
         costs, box = prefill.costs, Box(prompt_tokens=min(together, limits.max_num_batched_tokens))
     else:
@@ -202,8 +202,8 @@ def _calibrate_role(role: Role, parts: list[Part], known: Mapping[Role, RoleCali
             prefill = fit.prefill_costs(chains, engine)
             sent_s = {name: float(request.sent_s or 0) for part in parts for name, request in part.requests.items()}
             computed = {stream.id: stream.prompt_tokens for part in parts for stream in part.streams}
-            between = {name: row for part in steps for name, row in fit.schedulable(part, sent_s, limits).items()}
-            ingress_s, per_token_s = fit.way_in_between(
+            between = {name: row for part in steps for name, row in way_in.schedulable(part, sent_s, limits).items()}
+            ingress_s, per_token_s = way_in.of_busy(
                 np.array([computed[name] for name in between]), np.array([*between.values()])
             )
             ingress_s -= proxy_s(parts) if role == "replica" else 0.0
@@ -224,6 +224,8 @@ def _calibrate_role(role: Role, parts: list[Part], known: Mapping[Role, RoleCali
         gpus=gpus_each(parts[0].run, role),
         jitter=decode.jitter if decode else [],
         decode_speeds=decode.speeds if decode else [],
+        decode_ratios=decode.ratios if decode else [],
+        prompt_ratios=prefill.ratios,
     )
 
 
@@ -295,7 +297,7 @@ def _handoffs_in_steps(part: Part, decode: Engine, per_token_s: float) -> Array:
     }
     steps_s = np.maximum(costs.gpu_step_s(np.maximum(steps.sequences, 1), steps.context), costs.host_decode_s)
     rows = []
-    for name, (earliest_s, latest_s) in fit.schedulable(steps, came_s, decode.limits).items():
+    for name, (earliest_s, latest_s) in way_in.schedulable(steps, came_s, decode.limits).items():
         running = min(int(np.searchsorted(steps.handed_s, came_s[name])), steps.first_step[name] - 1)
         waited_s = (earliest_s + latest_s) / 2 - per_token_s * (part.requests[name].prompt_tokens or 0)
         rows.append((came_s[name], waited_s / steps_s[running]))

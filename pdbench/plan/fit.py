@@ -1,13 +1,12 @@
 """Costs of a role's engine from a run: decode steps by regression, prefill steps and the way in from how tokens arrived around them."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import numpy as np
 from scipy.optimize import least_squares, minimize, nnls
-from scipy.stats import theilslopes
 
 from pdbench.analysis.arrivals import Array, BoolArray, IntArray
 from pdbench.plan.engine import COSTS, SHORT_PROMPT, Costs, Engine, Limits
@@ -23,8 +22,8 @@ BEFORE_GPU_S = 3e-3
 JITTER_SHARES = (np.arange(500) + 0.5) / 500
 """Fine enough for the slowest of a machine's pauses in one step of a hundred: where handoffs take most of the last hundredth, p99 shows them."""
 SAMPLES = 40
-MOST_PER_TOKEN_S = 6e-6
-"""A tokenizer that takes longer than this for a token is not one."""
+RATIOS = 12
+"""Lengths of prompts that a picture shows beside the fitted line."""
 LEAST_STEPS = 5
 """A graph size with fewer steps than this is not calibrated."""
 
@@ -32,20 +31,23 @@ LEAST_STEPS = 5
 @dataclass(frozen=True)
 class Decode:
     """`costs` of decode steps; `jitter` are quantiles of what steps took beyond them, as shares of them, `speeds` the instances' trials'
-    medians of what they took over them."""
+    medians of what they took over them, `ratios` the same by graph size."""
 
     costs: Costs
     jitter: list[float]
     speeds: list[float]
+    ratios: list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """`costs` of steps with prompts too; `samples` are rows of `COSTS` that the data leave possible, `speeds` the trials' factors on the host's part."""
+    """`costs` of steps with prompts too; `samples` are rows of `COSTS` that the data leave possible, `speeds` the trials' factors on the host's part,
+    `ratios` (tokens, what prompts of about so many took over the costs)."""
 
     costs: Costs
     samples: Array
     speeds: list[float]
+    ratios: list[tuple[float, float]] = field(default_factory=list)
 
 
 def decode_costs(steps: Sequence[Steps], sizes: Sequence[int]) -> Decode:
@@ -87,7 +89,8 @@ def decode_costs(steps: Sequence[Steps], sizes: Sequence[int]) -> Decode:
     else:
         table, slope = {1: float(solution[0] + solution[1])}, float(solution[1])
     costs = Costs(gpu_decode_s=table, gpu_per_sequence_s=slope, gpu_per_context_token_s=float(solution[-1]))
-    return Decode(costs, jitter, speeds)
+    ratios = [(float(each), float(np.median((took_s / usual_s)[size == each]))) for each in seen]
+    return Decode(costs, jitter, speeds, ratios)
 
 
 def _calm(steps: Steps, sizes: Sequence[int]) -> tuple[IntArray, IntArray, Array]:
@@ -211,7 +214,14 @@ def prefill_costs(observed: Chains, engine: Engine) -> Prefill:
         factors = factors / speeds[which][:, None]
     of_trial = np.broadcast_to(which[:, None], measured.shape)
     noise = series(factors[measured], of_gpu[measured], of_trial[measured])
-    return Prefill(msgspec.structs.replace(costs, **noise), values_of(samples), speeds.tolist())
+    ratios = by_length(observed.prompt[measured], factors[measured])
+    return Prefill(msgspec.structs.replace(costs, **noise), values_of(samples), speeds.tolist(), ratios)
+
+
+def by_length(tokens: IntArray, ratios: Array) -> list[tuple[float, float]]:
+    """Medians of (tokens, ratio) of prompts about as long, of as many prompts each."""
+    parts = np.array_split(np.argsort(tokens, kind="stable"), min(RATIOS, len(tokens) // LEAST_STEPS) or 1)
+    return [(float(np.median(tokens[part])), float(np.median(ratios[part]))) for part in parts if len(part)]
 
 
 def series(factors: Array, of_gpu: BoolArray, trials: IntArray) -> dict[str, Any]:
@@ -312,52 +322,6 @@ def fit_logs(
     weight = np.exp(logs_of_weight - logs_of_weight.max())
     picked = random.choice(len(drawn), SAMPLES, p=weight / weight.sum())
     return best, drawn[picked, :count]
-
-
-def schedulable(steps: Steps, came_s: Mapping[str, float], limits: Limits) -> dict[str, tuple[float, float]]:
-    """(earliest, latest) seconds from the instant in `came_s` until the engine could schedule a request, of requests that met running
-    streams.
-
-    With asynchronous scheduling step k is scheduled as step k-2 is handed out, else as step k-1 is; a request of step k came after
-    the scheduling before. Between its instants nothing is known.
-    """
-    lag, since, handed = limits.lag, steps.since, steps.handed_s
-    return {
-        name: (float(handed[k - lag - 1]) - came_s[name], float(handed[k - lag]) - came_s[name])
-        for name, k in steps.first_step.items()
-        if since[k] > lag and name in came_s
-    }
-
-
-def way_in(tokens: IntArray, took_s: Array) -> tuple[float, float]:
-    """(seconds, and per token) of a robust line; the median of prompts that are about as long."""
-    if not _differ(tokens):
-        return float(np.median(took_s)), 0.0
-    some = np.linspace(0, len(tokens) - 1, min(len(tokens), 1000)).astype(int)  # the slopes of all pairs
-    line = theilslopes(took_s[some], tokens[some])
-    slope = max(0.0, float(line.slope))
-    return max(0.0, float(np.median(took_s - slope * tokens))), slope
-
-
-def way_in_between(tokens: IntArray, intervals: Array) -> tuple[float, float]:
-    """The same where only the intervals (rows of earliest and latest) are known in which prompts came: of the slopes that the one is chosen
-    with which one value lies in most of them (the middle of where that holds)."""
-    found = []
-    for per_token_s in np.linspace(0, MOST_PER_TOKEN_S, 31) if _differ(tokens) else (0.0,):
-        rest = intervals - per_token_s * tokens[:, None]
-        edges = np.sort(rest.ravel())
-        middles = (edges[1:] + edges[:-1]) / 2
-        counts = np.searchsorted(np.sort(rest[:, 0]), middles, "right") - np.searchsorted(
-            np.sort(rest[:, 1]), middles, "left"
-        )
-        best = np.flatnonzero(counts == counts.max())
-        found.append((int(counts.max()), -float(per_token_s), float(middles[best].mean())))
-    _, slope, value = max(found)
-    return max(0.0, value), -slope
-
-
-def _differ(tokens: IntArray) -> bool:
-    return bool(len(tokens) and np.ptp(tokens) > 0.2 * tokens.mean())
 
 
 def eager_s(beyond_s: Sequence[float] | Array, within: int) -> float | None:

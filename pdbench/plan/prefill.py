@@ -118,4 +118,5 @@ def prefill_alone(
     best, samples = fit.fit_logs(misfit, [*split, *np.log(guesses)], prior, count=5, rough=True)
     others = np.tile([1.0, 0.0], (fit.SAMPLES, 1))
     costs = msgspec.structs.replace(costs_of(best, 0.0), **noise)
-    return fit.Prefill(costs, np.hstack([np.exp(samples), others]), speeds[told].tolist())
+    ratios = fit.by_length(tokens, took_s / speeds[which] / costs.prompt_step_s(tokens, limits.captured))
+    return fit.Prefill(costs, np.hstack([np.exp(samples), others]), speeds[told].tolist(), ratios)

@@ -50,6 +50,7 @@ class RoleCalibration(msgspec.Struct, frozen=True, kw_only=True):
     the time of steps with prompts. `gpus` are an instance's, and `power` is of all of them. `assumed` says what was not recorded and what was taken for it,
     `prompt_lengths` are the shortest and the longest prompt, `chunks` what of them a step computed, `launches` how such steps were launched. `jitter` are quantiles of what calm steps took beyond their cost, as the
     client saw them and as shares of it: a gap between tokens has it on top. `decode_speeds` are the instances' trials' factors on decode steps.
+    `decode_ratios` and `prompt_ratios` are (sequences or prompt tokens, median of what such steps took over the fitted costs).
     """
 
     engine: Engine
@@ -63,6 +64,8 @@ class RoleCalibration(msgspec.Struct, frozen=True, kw_only=True):
     gpus: int = 1
     jitter: list[float] = []
     decode_speeds: list[float] = []
+    decode_ratios: list[tuple[float, float]] = []
+    prompt_ratios: list[tuple[float, float]] = []
 
     @property
     def computes(self) -> bool:

@@ -6,11 +6,22 @@ from pathlib import Path
 
 import numpy as np
 
-from pdbench.analysis.arrivals import Array, IntArray
 from pdbench.plan.records import Calibration, Check, Figure, Prediction, RoleCalibration, Search
 from pdbench.plan.seconds import PARTS
 from pdbench.report import text
-from pdbench.report.chart_types import BAD, FAINT, GOOD, GREY, MUTED, ORANGE, SHADES, Axis, Chart, Panel, Series, shades
+from pdbench.report.chart_types import (
+    BAD,
+    GOOD,
+    GREY,
+    MUTED,
+    ORANGE,
+    SHADES,
+    Axis,
+    Chart,
+    Panel,
+    Series,
+    shades,
+)
 from pdbench.report.tables import Table, Value
 from pdbench.report.text import translate as _
 
@@ -310,26 +321,6 @@ def _parts(title: str, bars: Mapping[str, Mapping[str, float]]) -> Panel:
     return Panel(title=title, series=drawn, x=x, y=Axis(names=[*known]))
 
 
-def steps_chart(found: Calibration) -> Chart:
-    """GPU time of decode steps against their sequences, and a prompt's step against its tokens, with what the runs reached shaded."""
-    panels = []
-    for name, role in found.roles.items():
-        costs, box = role.engine.costs, role.engine.box
-        if name != "prefill":
-            context = box.context_tokens / max(box.sequences, 1)
-            n = np.arange(1, 2 * box.sequences + 1)
-            took_s = costs.gpu_step_s(n, np.asarray(context * n, float))
-            sizes = Axis(label=_("sequences in the step"), low=0, integer=True)
-            panels.append(_reached(_("{0}: a decode step", _(name)), n, took_s, box.sequences, sizes))
-        if role.computes:
-            p = np.arange(1, 2 * box.prompt_tokens, max(1, box.prompt_tokens // 200))
-            took_s = costs.prompt_step_s(p, role.engine.limits.captured)
-            tokens = Axis(label=_("prompt tokens in the step"), low=0)
-            panels.append(_reached(_("{0}: a step with prompts", _(name)), p, took_s, box.prompt_tokens, tokens))
-    caption = _("What one step takes. Shaded: what the runs reached; beyond it a prediction is refused.")
-    return Chart(key="steps", title=_("Calibrated steps"), panels=panels, caption=caption)
-
-
 def predictions_chart(of: Sequence[Prediction], *, on_gpus: bool) -> Chart:
     """Energy per token, TTFT p99, TBT p99 and the share within the SLO against the number of GPUs; refused ones are named below."""
     metrics = ("j_per_output_token", "ttft_p99_ms", "tbt_p99_ms", "slo_met_pct")
@@ -381,10 +372,3 @@ def interval_bars(x: Sequence[float], figures: Sequence[Figure], shade: str) -> 
     at = [place for value in x for place in (value, value, np.nan)]
     ends = [end for figure in figures for end in (figure.low, figure.high, np.nan)]
     return Series(x=at, y=ends, shade=shade, width=2.5, opacity=0.45)
-
-
-def _reached(title: str, x: Array | IntArray, took_s: Array, reached: float, axis: Axis) -> Panel:
-    high = 1.1e3 * float(took_s.max())
-    shaded = Series(kind="area", x=[0, reached], y=[high, high], shade=FAINT, opacity=0.6)
-    line = Series(x=x.tolist(), y=(1e3 * took_s).tolist(), shade=SHADES["decode"], width=2)
-    return Panel(title=title, series=[shaded, line], x=axis, y=Axis(label="ms", low=0, high=high))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pdbench.config.serving import last_value
-from pdbench.plan import fit
+from pdbench.plan import fit, way_in
 from pdbench.plan.engine import COSTS, SHORT_PROMPT, Costs, Demand, Deployment, Engine, Layout, Limits
 from pdbench.plan.prefill import prefill_alone
 from pdbench.plan.simulate import simulate, weighted_quantiles
@@ -172,15 +172,15 @@ def test_way_in_grows_with_the_prompt_where_prompts_differ() -> None:
     tokens = random.integers(100, 7000, 300)
     took_s = 0.004 + 1.8e-6 * tokens + np.abs(random.normal(0, 1e-4, 300))
     took_s[::20] += 0.05  # the machine stood still
-    assert fit.way_in(tokens, took_s) == (pytest.approx(0.0041, abs=1e-4), pytest.approx(1.8e-6, rel=0.03))
+    assert way_in.of_idle(tokens, took_s) == (pytest.approx(0.0041, abs=1e-4), pytest.approx(1.8e-6, rel=0.03))
     alike = np.full(300, 2048)
-    assert fit.way_in(alike, took_s) == (float(np.median(took_s)), 0.0)
+    assert way_in.of_idle(alike, took_s) == (float(np.median(took_s)), 0.0)
     since_s = random.uniform(0, 0.005, 300)  # the scheduling before is so long ago
     between = np.stack([0.004 + 1.8e-6 * tokens - since_s, 0.004 + 1.8e-6 * tokens - since_s + 0.005], axis=1)
-    found_s, slope_s = fit.way_in_between(tokens, between)
+    found_s, slope_s = way_in.of_busy(tokens, between)
     assert found_s + 3500 * slope_s == pytest.approx(0.004 + 3500 * 1.8e-6, abs=3e-4)
     assert slope_s == pytest.approx(1.8e-6, abs=0.3e-6)
-    assert fit.way_in_between(alike, between - 1.8e-6 * tokens[:, None]) == (pytest.approx(0.004, abs=3e-4), 0.0)
+    assert way_in.of_busy(alike, between - 1.8e-6 * tokens[:, None]) == (pytest.approx(0.004, abs=3e-4), 0.0)
 
 
 def test_running_streams_take_their_time_on_an_engine_without_graphs() -> None:

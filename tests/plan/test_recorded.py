@@ -9,7 +9,7 @@ from pdbench.plan.calibration import calibrate
 from pdbench.plan.check import check
 from pdbench.plan.records import Calibration, Check
 from pdbench.records import Run, load_run
-from pdbench.report.plan_distributions import distributions_chart
+from pdbench.report.plan_curves import distributions_chart
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 ARCHIVE = RESULTS / "h200x2-p2p-nccl" / "runs.tar.xz"
