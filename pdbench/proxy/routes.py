@@ -146,9 +146,9 @@ async def _change_instance(context: ProxyContext, request: ClientRequest, client
     if instance is None:
         raise RequestError(404, f"no instance {name[:40]!r}: GET /instances lists them")
     if request.method == b"DELETE":
-        now = request.target.endswith(b"?now=true")
-        context.table.set_state(instance, State.REMOVED if now else State.LEAVING)
-        client.respond(202, msgspec.json.encode({"id": instance.id, "state": "leaving"}))
+        state = State.REMOVED if request.target.endswith(b"?now=true") else State.LEAVING
+        context.table.set_state(instance, state)
+        client.respond(202, msgspec.json.encode({"id": instance.id, "state": state.name.lower()}))
     else:
         context.table.set_state(instance, State.DRAINING if request.path.endswith(b"/drain") else State.SERVING)
         client.respond(200, msgspec.json.encode(_describe(context.table, instance)))

@@ -206,7 +206,7 @@ def test_instances_are_added_drained_and_removed_at_run_time(tmp_path):
             assert server.request("POST", "/instances/decode-0/drain").json["state"] == "draining"
             running = threads.submit(server.complete, stream=True, decode={"until": str(tmp_path / "end")})
             wait_until(server.in_flight)
-            assert server.request("DELETE", f"/instances/{name}").status == 202
+            assert server.request("DELETE", f"/instances/{name}").json["state"] == "leaving"
             assert server.complete().status == 503
             assert server.request("POST", "/instances/decode-0/resume").json["state"] == "serving"
             assert server.complete().status == 200
@@ -214,7 +214,8 @@ def test_instances_are_added_drained_and_removed_at_run_time(tmp_path):
             assert running.result().events[-1] == b"[DONE]"
             wait_until(lambda: len(server.instances()) == 1)
             assert [len(first.requests()), len(second.requests())] == [1, 1]
-            assert server.request("DELETE", "/instances/decode-0?now=true").status == 202
+            removed = server.request("DELETE", "/instances/decode-0?now=true")
+            assert (removed.status, removed.json["state"]) == (202, "removed")
             assert server.request("GET", "/health").status == 503
 
 
