@@ -52,7 +52,11 @@ def group(
     specs: Sequence[ServerSpec], place: Sequence[str], pinned: dict[str, Node], on_gpu: bool
 ) -> tuple[dict[str, dict[str, float]], str]:
     """The placement group's bundles, one per server (without the proxy), and its strategy: as few nodes as can hold it if not
-    placed."""
+    placed. Raises UserError for a pin of a role that is there by a number that is not."""
+    roles, names = {spec.role for spec in specs}, [spec.name for spec in specs]
+    for name in pinned:
+        if name.rpartition("-")[0] in roles and name not in names:
+            raise UserError(f"--place {name}=...: there is no such server, only {', '.join(names)}")
     bundles = {}
     for spec in specs:
         if spec.role == "proxy":

@@ -22,6 +22,13 @@ def test_role_is_pinned_by_address_or_host_name() -> None:
     assert strategy == "PACK"
 
 
+def test_pin_of_a_server_that_is_not_there_is_refused_unless_its_role_is_another_deployments() -> None:
+    pinned = pins(("prefill-7=one",), NODES)
+    with pytest.raises(UserError, match=r"--place prefill-7=\.\.\.: there is no such server, only prefill-0, decode-0"):
+        group(servers("disaggregated", ServeConfig()), (), pinned, on_gpu=True)
+    assert group([ServerSpec("single", 0, 8000, 1)], (), pinned, on_gpu=False)[0] == {"single-0": {"CPU": 1.0}}
+
+
 def test_one_request_at_a_time_comes_from_one_of_several_client_nodes() -> None:
     site = RaySite.__new__(RaySite)
     site._client_nodes = NODES
