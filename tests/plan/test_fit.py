@@ -156,6 +156,8 @@ def test_prefill_costs_are_found_again(steps: list[Steps]) -> None:
         assert gpu + gpu_token * tokens == pytest.approx(GPU + GPU_TOKEN * tokens, rel=0.10)
     assert spread_of(prefill) < 0.1
     assert prefill.speeds == pytest.approx([1, 1], abs=0.03)
+    lengths, ratios = zip(*prefill.ratios, strict=True)
+    assert lengths == tuple(sorted(lengths)) and len(lengths) == 12 and ratios == pytest.approx([1] * 12, abs=0.06)
 
 
 def test_what_comes_before_the_gpu_and_a_launch_of_one_kind_are_found_again() -> None:

@@ -9,7 +9,7 @@ from pdbench.plan.calibration import calibrate
 from pdbench.plan.check import check
 from pdbench.plan.records import Calibration, Check
 from pdbench.records import Run, load_run
-from pdbench.report.plan_curves import distributions_chart
+from pdbench.report.plan_curves import distributions_chart, steps_chart
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 ARCHIVE = RESULTS / "h200x2-p2p-nccl" / "runs.tar.xz"
@@ -58,6 +58,16 @@ def test_costs_of_the_h200(single: Calibration) -> None:
     assert 0.005 < costs.ingress_s < 0.008
     assert role.error_of("host_per_prompt_token_s") > 0.3, "every prompt had the same length"
     assert single.drift == pytest.approx(1.38, abs=0.05)
+
+
+def test_picture_of_steps_has_the_measured_ones_beside_the_line(single: Calibration) -> None:
+    decode, prompts = steps_chart(single).panels
+    costs, ratios = single.roles["single"].engine.costs, single.roles["single"].decode_ratios
+    assert decode.series[-1].kind == prompts.series[-1].kind == "points"
+    assert decode.series[-1].x == [*costs.gpu_decode_s] == [size for size, _ in ratios]
+    line = dict(zip(decode.series[1].x, decode.series[1].y, strict=True))
+    assert decode.series[-1].y == pytest.approx([ratio * line[size] for size, ratio in ratios])
+    assert len(prompts.series[-1].x) > 5 and all(0.9 < ratio < 1.1 for _, ratio in ratios)
 
 
 def test_single_instance_predicts_itself(single: Calibration, runs: dict[str, Run]) -> None:
