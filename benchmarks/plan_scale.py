@@ -2,7 +2,7 @@
 
 Every deployment has all the GPUs and the same load. Of xPyD every eighth is tried. The winner of a figure has the least one in every draw
 of costs, days and arrivals, all deployments beside each other in each. Writes a table (Markdown) and a picture.
-Try: python benchmarks/plan_scale.py --runs docs/results/h200x2-replicas --out docs/results/plan/scale
+Try: python benchmarks/plan_scale.py --runs docs/results/h200x2-calibrated --calibrate "calibrate/*/*_results" --out docs/results/plan/scale
 """
 
 import argparse
@@ -212,6 +212,7 @@ def chart_of(points: Points, title: str) -> Chart:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True, help="a folder with runs.tar.xz")
+    parser.add_argument("--calibrate", default="*_results", help="which of the archive's runs calibrate")
     parser.add_argument("--out", type=Path, required=True, help="written with .md and .png")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 1000])
     parser.add_argument("--loads", type=float, nargs="+", default=[1, 2, 4, 6], help="requests/s per GPU")
@@ -221,7 +222,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(options.runs / "runs.tar.xz") as archive:
             archive.extractall(folder, filter="data")
-        runs = {path.relative_to(folder): load_run(path) for path in sorted(Path(folder).glob("*_results"))}
+        runs = {path.relative_to(folder): load_run(path) for path in sorted(Path(folder).glob(options.calibrate))}
         calibration = calibrate(runs)
     study = Study(calibration, options.draws)
     points: Points = {}
