@@ -68,6 +68,13 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
 
     known = predict(calibration, layout, lambda draw: demands, words, slo=limits, speeds=own, draws=draws, anyway=True)
     measured = {name: figure.value for name, figure in analysis.figures.items()}
+    tbt, goodput = analysis.summary.mean_tbt_ms, analysis.summary.goodput
+    of_requests = (
+        ("mean_tbt_p50_ms", tbt.p50 if tbt else None),
+        ("slo_met_pct", goodput.met_pct),
+        ("j_per_good_request", goodput.j_per_good_request),
+    )
+    measured |= {name: value for name, value in of_requests if value is not None}
     of_trials = {
         name: [min(figure.trials.values()), max(figure.trials.values())]
         for name, figure in analysis.figures.items()

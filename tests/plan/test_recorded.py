@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pdbench.analysis.run_analysis import analyze
 from pdbench.plan.calibration import calibrate
 from pdbench.plan.check import check
 from pdbench.plan.records import Calibration, Check
@@ -72,6 +73,8 @@ def test_picture_of_steps_has_the_measured_ones_beside_the_line(single: Calibrat
 
 def test_single_instance_predicts_itself(single: Calibration, runs: dict[str, Run]) -> None:
     answer = check(single, Path("single"), runs["single"], draws=DRAWS)
+    tbt = analyze(runs["single"]).summary.mean_tbt_ms
+    assert tbt is not None and answer.measured["mean_tbt_p50_ms"] == tbt.p50
     error = errors(answer)
     for name in (
         "ttft_p50_ms",
