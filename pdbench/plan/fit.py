@@ -132,11 +132,16 @@ def chains(steps: Sequence[Steps], trials: Sequence[int], engine: Engine) -> Cha
         since = part.since
         running = part.sequences - part.firsts
         prompt, longest = part.prompt.copy(), part.longest.copy()
-        for k in range(len(prompt) - 1, 0, -1):  # what is over the budget was a chunk in the step before
-            over = max(0, int(prompt[k] - max(0, limits.max_num_batched_tokens - running[k])))
-            prompt[k] -= over
-            prompt[k - 1] += over
-            longest[k], longest[k - 1] = min(longest[k], prompt[k]), max(longest[k - 1], over)
+        room = np.maximum(limits.max_num_batched_tokens - running, 1)
+        for k in range(len(prompt) - 1, 0, -1):  # what is over the budget came in chunks, which filled the steps before
+            before = k
+            while prompt[k] > room[k] and since[before]:
+                before -= 1
+                chunk = min(int(prompt[k]) - 1, max(0, int(room[before] - prompt[before])))
+                prompt[k] -= chunk
+                prompt[before] += chunk
+                longest[before] = max(longest[before], chunk)
+            longest[k] = min(longest[k], prompt[k])
         gpu_s = engine.costs.gpu_step_s(running, part.context)
         k = 0
         for start in np.flatnonzero(prompt > 0):

@@ -194,6 +194,18 @@ def test_running_streams_take_their_time_on_an_engine_without_graphs() -> None:
     assert found.decode_s[0, 0] == pytest.approx(0.004 + 8 * 0.001)
 
 
+def test_chunks_of_a_prompt_fill_the_steps_before_its_first_token() -> None:
+    """A prompt over the token budget ends in the smallest chunk. At an idle instance its first chunks are no steps of those who ran before."""
+    limits = Limits(max_num_batched_tokens=2048, max_num_seqs=64, captured=16)
+    engine = Engine(costs=Costs(gpu_decode_s={1: 0.004}), limits=limits)
+    tokens_s = np.arange(1, 60) * 0.02
+    beside, after = (Stream("long", times_s.tolist(), 4400, 4400) for times_s in (tokens_s[20:], tokens_s + 2.0))
+    found = fit.chains([rebuild([Stream("one", tokens_s.tolist(), 100, 100), beside])], [0], engine)
+    assert found.prompt[0].tolist()[:6] == [0, 2047, 2047, 306, 0, 0]
+    assert found.alike[0, 1:4].tolist() == [False, False, True]
+    assert not len(fit.chains([rebuild([Stream("one", tokens_s.tolist(), 100, 100), after])], [0], engine).took_s)
+
+
 def test_fixed_lengths_leave_the_price_of_a_token_unknown() -> None:
     took = np.tile([0.0, 0.004, 0.05, 0.0025, 0.004], (40, 1))[:, 1:]
     prompt = np.tile([0, 2048, 0, 0], (40, 1))
