@@ -210,8 +210,7 @@ def prefill_costs(observed: Chains, engine: Engine) -> Prefill:
     logs, samples = fit_logs(misfit, starts, prior, count=len(COSTS))
     costs, speeds = costs_of(logs), speeds_of(logs)
     factors, measured, of_gpu = prompt_factors(observed, costs, engine.limits, speeds[which])
-    usual = np.median(tokens[is_prefill & valid])
-    by_gpu = costs.gpu_prompt_s(usual) > costs.host_prompt_s(usual, usual > engine.limits.captured, alike=False)
+    by_gpu = np.median(of_gpu[is_prefill & valid]) > 0.5
     if by_gpu and measured.any():  # then trials differ by the GPU's speed, not by that of its host
         own = [factors[measured & (which == place)[:, None]] for place in range(len(trials))]
         logs_of_trials = np.array([np.log(np.median(of_trial)) if len(of_trial) else np.nan for of_trial in own])
@@ -278,7 +277,7 @@ def prompt_factors(
         over_s[:, :-1] += over_s[:, 1:].copy()
         shown[:, :-1] &= valid[:, 1:] & (usual_s[:, 1:] > observed.decode_s[:, 1:])
         shown[:, -1] = False
-    by_gpu = gpu_s > host_s
+    by_gpu = gpu_s > host_s if limits.async_scheduling else usual_s > host_s + 1e-9
     factors = np.where(by_gpu, 1 + over_s / gpu_s, observed.took_s / np.maximum(usual_s, 1e-9))
     by_host = valid & (usual_s <= host_s + 1e-9)
     return np.maximum(factors, 0.1), (observed.prompt > 0) & np.where(by_gpu, shown, by_host), by_gpu

@@ -139,6 +139,20 @@ def test_noise_of_a_prompt_is_that_of_the_longer_step() -> None:
         assert len(found.costs.noise[0]) == 60 and 0.06 < spread < 0.14, (host_s, spread)
 
 
+def test_steps_that_wait_for_the_gpu_tell_its_noise_without_asynchronous_scheduling() -> None:
+    """The launch takes longer than the prompt is computed, but not than the prompt and the running streams are."""
+    limits = Limits(max_num_batched_tokens=8192, max_num_seqs=64, captured=8192, async_scheduling=False)
+    costs = Costs(host_decode_s=0.001, host_prefill_s=0.05, gpu_prefill_s=0.04)
+    factors, decode_s, tokens = np.array([0.9, 1.0, 1.1, 1.2]), np.full((4, 2), 0.02), np.array([[0, 1000]] * 4)
+    took_s = np.stack([np.full(4, 0.02), 0.02 + 0.04 * factors], axis=1)
+    decode_s[3, 1] = 0.005  # hardly anybody runs: the launch of the last one shows
+    took_s[3, 1] = 0.05 * factors[3]
+    observed = fit.Chains(took_s, tokens, tokens > 8192, tokens < 0, decode_s, np.zeros(4, int))
+    found, measured, of_gpu = fit.prompt_factors(observed, costs, limits)
+    assert found[measured] == pytest.approx(factors)
+    assert of_gpu[:, 1].tolist() == [True, True, True, False]
+
+
 def test_host_launches_no_decode_step_slower_than_the_fastest_one_took() -> None:
     took = np.tile([0.004, 0.05, 0.0035, 0.004], (40, 1))
     prompt = np.tile([0, 2048, 0, 0], (40, 1))
