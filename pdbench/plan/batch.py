@@ -55,9 +55,8 @@ class Pool:
         self.engine, self.box, self.role = engine, engine.box, role
         self.sizes, self.cached, self.outputs = sizes, cached, outputs
         self.most = min(limits.max_num_seqs, limits.max_num_batched_tokens)
-        self.host_s = [
-            costs.host_decode_s if n <= limits.captured else costs.beyond_graphs_s for n in range(self.most + 1)
-        ]
+        replayed = limits.captured or self.most
+        self.host_s = [costs.host_decode_s if n <= replayed else costs.beyond_graphs_s for n in range(self.most + 1)]
         self.host_s[0] = 0.0  # an empty step, while the last tokens are awaited
         self.gpu_s = costs.gpu_step_s(np.arange(self.most + 1)).tolist()
         self.noise = list(chain.from_iterable(costs.noise)) or [1.0]

@@ -2,10 +2,11 @@
 
 An engine runs one step after the other. Step k is scheduled at s_k; then the host launches it and the GPU computes it, side by side:
 
-    host(k)  = host_decode_s                                    no prompt, at most `Limits.captured` tokens: replayed as one CUDA graph
+    host(k)  = host_decode_s                                    no prompt, at most `Limits.captured` tokens: replayed as one CUDA graph;
+                                                                       or any such step of an engine without graphs
                host_prefill_s * noise + host_per_prompt_token_s * p   p prompt tokens beside them, within the graphs: these leave attention out,
                                                                       which is launched piece by piece
-               host_eager_s * noise + host_per_prompt_token_s * p     beyond the graphs, with a prompt or without: kernel by kernel
+               host_eager_s * noise + host_per_prompt_token_s * p     beyond the graphs that there are, with a prompt or without: kernel by kernel
                the first part times alike_launch where one kind of attention kernels computes all: no sequence decodes beside the prompts, or
                no prompt has more than `SHORT_PROMPT` tokens in the step
     gpu(k)   = gpu_decode(n) + gpu_per_context_token_s * context       n running sequences that get a token, their context in tokens

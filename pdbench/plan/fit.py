@@ -204,7 +204,8 @@ def prefill_costs(observed: Chains, engine: Engine) -> Prefill:
     typical = float(np.median(observed.took_s[is_prefill & valid]))
     short = float(np.median(observed.took_s[valid & ~is_prefill]))
     per_token = typical / float(np.median(tokens[is_prefill & valid]))
-    prior = np.log([0.8 * typical, 0.02 * per_token, 1e-3, 0.5 * per_token, BEFORE_GPU_S, 1.0, 0.7 * short])
+    launch = 0.8 * typical if engine.limits.captured else 0.7 * short  # without graphs, launches are alike
+    prior = np.log([launch, 0.02 * per_token, 1e-3, 0.5 * per_token, BEFORE_GPU_S, 1.0, 0.7 * short])
     starts = [prior + np.log([1, a, 1, b, 1, 1, 1]) for a, b in ((1.0, 1.0), (10.0, 0.6), (1.0, 1.9))]
     starts = [np.append(start, np.zeros(len(trials) - 1)) for start in starts]
     logs, samples = fit_logs(misfit, starts, prior, count=len(COSTS))

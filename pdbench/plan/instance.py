@@ -302,7 +302,7 @@ class Instance(Batch):
             self.base += size - k
         if not prompt_tokens and not joining:
             return
-        host, gpu = costs.host_decode_s, pool.gpu_s[n + joining] + costs.gpu_per_context_token_s * context
+        host, gpu = pool.host_s[n + joining], pool.gpu_s[n + joining] + costs.gpu_per_context_token_s * context
         if prompt_tokens:
             noise = pool.noise[self.noise_at % len(pool.noise)]
             gpu_noise = pool.gpu_noise[self.noise_at % len(pool.gpu_noise)]
@@ -312,8 +312,6 @@ class Instance(Batch):
                 launch *= costs.alike_launch
             host = launch * noise + costs.host_per_prompt_token_s * prompt_tokens
             gpu += (costs.gpu_prefill_s + costs.gpu_per_prompt_token_s * prompt_tokens) * gpu_noise
-        elif n + joining > pool.captured:
-            host = costs.beyond_graphs_s
         s, d = self.s, self.d
         ready = s + costs.before_gpu_s if prompt_tokens else s
         begins, launched = (d if d > ready else ready), s + host

@@ -139,7 +139,7 @@ class SlowEngine:
         factor = gpu_factor = 1.0
         if members:
             host = self.costs.host_decode_s
-            if prompt_tokens or decoding > self.limits.captured:  # graphs of whole steps hold no prompts
+            if prompt_tokens or 0 < self.limits.captured < decoding:  # graphs of whole steps hold no prompts
                 noise = list(itertools.chain(*self.costs.noise))
                 gpu_noise = list(itertools.chain(*self.costs.gpu_noise)) or noise
                 factor = noise[self.noise_at % len(noise)] if noise and prompt_tokens else 1.0

@@ -153,6 +153,16 @@ def test_steps_that_wait_for_the_gpu_tell_its_noise_without_asynchronous_schedul
     assert of_gpu[:, 1].tolist() == [True, True, True, False]
 
 
+def test_launch_that_decode_hides_is_no_longer_than_decode_s_on_an_engine_without_graphs() -> None:
+    """Beside running streams only the GPU's time shows, and a prompt alone takes that."""
+    limits = Limits(max_num_batched_tokens=2048, max_num_seqs=8, async_scheduling=False)
+    tokens, decode_s = np.array([[0, 100], [0, 200]] * 40), np.full((80, 2), 0.03)
+    took_s = decode_s + 4e-4 * tokens * np.exp(np.random.default_rng(0).normal(0, 0.03, tokens.shape))
+    observed = fit.Chains(took_s, tokens, tokens > 0, tokens <= 512, decode_s, np.zeros(80, int))
+    found = fit.prefill_costs(observed, Engine(costs=Costs(gpu_decode_s={1: 0.03}), limits=limits)).costs
+    assert found.prompt_step_s(np.array([100, 200]), 0) == pytest.approx([0.04, 0.08], rel=0.1)
+
+
 def test_host_launches_no_decode_step_slower_than_the_fastest_one_took() -> None:
     took = np.tile([0.004, 0.05, 0.0035, 0.004], (40, 1))
     prompt = np.tile([0, 2048, 0, 0], (40, 1))

@@ -109,6 +109,14 @@ def test_steps_beyond_the_graphs_are_launched_kernel_by_kernel(captured: int, mo
     assert np.quantile(slow, 0.9) > np.quantile(fast, 0.9) + 0.05
 
 
+def test_decode_steps_of_an_engine_without_graphs_take_what_they_took() -> None:
+    """Its runs showed no others: a launch with a prompt, which is longer or hidden, is not theirs."""
+    one, zero = np.ones(1, int), np.zeros(1)
+    load = Demand(t_s=zero, prompt_tokens=100 * one, output_tokens=50 * one, cached_tokens=0 * one)
+    tbt_s = simulate(of_kind("single", engine(host_bound=True, captured=0)), load).mean_tbt_s
+    assert tbt_s == pytest.approx(0.0036, rel=0.3)
+
+
 @pytest.mark.parametrize("prefill_opens", [1.0, 0.5, 0.0])
 def test_proxy_chooses_as_the_proxy_does(prefill_opens: float, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_equal(of_kind("3p2d", engine(), prefill_opens=prefill_opens), demand(150, 20.0), monkeypatch)
