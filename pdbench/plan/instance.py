@@ -316,6 +316,7 @@ class Instance(Batch):
         ready = s + costs.before_gpu_s if prompt_tokens else s
         begins, launched = (d if d > ready else ready), s + host
         done = begins + gpu if begins + gpu > launched else launched
+        took = done - (d if d > s else s)  # before the GPU begins the instance works on the step, too
         after, weight = (done, n) if self.lag == 1 else (launched if launched > d else d, self.weight)
         after += costs.join_s * joining
         if weight:
@@ -326,14 +327,14 @@ class Instance(Batch):
         self.s, self.d, self.weight, self.k = after, done, n, k + 1
         if prompt_tokens:
             self.prompt_tokens += prompt_tokens
-            self.prefill_s += done - begins
+            self.prefill_s += took
         else:
-            self.decode_s += done - begins
+            self.decode_s += took
         sequences = n + joining + prompts
         box = pool.box
         if prompt_tokens > box.prompt_tokens or sequences > box.sequences or context > box.context_tokens:
-            self._note_box(done - begins, sequences, prompt_tokens, context, 0)
-        self.sequence_s += sequences * (done - begins)
+            self._note_box(took, sequences, prompt_tokens, context, 0)
+        self.sequence_s += sequences * took
 
     def _note_box(self, took_s: float, sequences: int, prompt_tokens: int, context: int, growth: int) -> None:
         """Time in steps beyond the calibrated box; the context grew from `context` by `growth`."""

@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
-from pdbench.plan.power import fit_power, windows_in
+from pdbench.plan.engine import Costs, Demand, Deployment, Engine, Layout, Limits
+from pdbench.plan.power import fit_power, use_of_visits, windows_in
+from pdbench.plan.simulate import simulate
+from pdbench.plan.steps import Visits
 from pdbench.records import DeviceRecord, DeviceSample
 
 
@@ -35,3 +38,15 @@ def test_an_instance_draws_what_all_of_its_devices_do() -> None:
     again = [device(0, first, 100.0), device(1, second, 120.0)]
     fitted = fit_power([(pair, edges, use), (again, edges, use)])
     assert fitted is not None and fitted.idle_w == 220.0
+
+
+def test_simulated_prefill_works_as_long_as_a_measured_one_is_counted() -> None:
+    """From its scheduling, not only from the GPU's first kernel."""
+    costs = Costs(host_prefill_s=0.01, gpu_per_prompt_token_s=1e-5, before_gpu_s=0.01, ingress_s=0.005)
+    engine = Engine(costs=costs, limits=Limits(max_num_batched_tokens=8192, max_num_seqs=64, captured=8192))
+    one = np.ones(100, int)
+    load = Demand(t_s=np.arange(100) * 0.05, prompt_tokens=2000 * one, output_tokens=one, cached_tokens=0 * one)
+    found = simulate(Deployment(layout=Layout("single", {"single": 1}), engines={"single": engine}), load)
+    visits = Visits(found.sent_s, np.full(100, np.nan), found.sent_s + found.ttft_s, load.prompt_tokens)
+    counted_s = use_of_visits(visits, costs, windows_in((0.0, 6.0)))[:, 2].sum()
+    assert counted_s == pytest.approx(3.0) and found.instances[0].prefill_s == pytest.approx(counted_s)
