@@ -120,7 +120,8 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
 
     def instances_of(role: Role, sizes: list[int], cached: list[int], outputs: list[int]) -> list[Instance]:
         pool = Pool(deployment.engines[role], role, sizes, cached, outputs)
-        return [Instance(pool, tokens, generator.randrange(len(pool.noise))) for _ in range(layout.instances[role])]
+        longest = max(len(pool.noise), len(pool.gpu_noise))
+        return [Instance(pool, tokens, generator.randrange(longest)) for _ in range(layout.instances[role])]
 
     # Prefill's token is the client's first where the proxy passes it on, and where it is not the last one too.
     opens = handoff.prefill_opens if split else 0.0

@@ -176,7 +176,8 @@ def step_by_step(
     for role in roles:
         engines[role] = [SlowEngine(deployment.engines[role], role) for _ in range(layout.instances[role])]
         for engine in engines[role]:  # in the order in which simulate() draws
-            engine.noise_at = generator.randrange(sum(map(len, engine.costs.noise)) or 1)
+            series = engine.costs.noise, engine.costs.gpu_noise
+            engine.noise_at = generator.randrange(max(sum(map(len, each)) for each in series) or 1)
     table = proxy.InstanceTable()
     turns = {}
     for role in roles:

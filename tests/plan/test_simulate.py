@@ -117,6 +117,17 @@ def test_decode_steps_of_an_engine_without_graphs_take_what_they_took() -> None:
     assert tbt_s == pytest.approx(0.0036, rel=0.3)
 
 
+def test_a_long_series_of_the_gpu_s_noise_begins_anywhere() -> None:
+    """Also beside a launch's short one: hardly any launch shows where prompts are long."""
+    costs = Costs(gpu_prefill_s=0.1, noise=((1.0,) * 5,), gpu_noise=((2.0,) * 20 + (1.0,) * 380,))
+    own = Engine(costs=costs, limits=Limits(max_num_batched_tokens=2048, max_num_seqs=64))
+    load = Demand(
+        t_s=np.zeros(1), prompt_tokens=np.full(1, 100), output_tokens=np.ones(1, int), cached_tokens=np.zeros(1, int)
+    )
+    ttft_s = np.concatenate([simulate(of_kind("single", own), load, seed).ttft_s for seed in range(20)])
+    assert np.median(ttft_s) == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize("prefill_opens", [1.0, 0.5, 0.0])
 def test_proxy_chooses_as_the_proxy_does(prefill_opens: float, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_equal(of_kind("3p2d", engine(), prefill_opens=prefill_opens), demand(150, 20.0), monkeypatch)
