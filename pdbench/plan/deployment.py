@@ -91,9 +91,11 @@ def role_of(calibration: Calibration, role: Role) -> RoleCalibration:
             prompts = prefill.power.prefill_w, prefill.power.prompt_token_j
             watts = msgspec.structs.replace(watts, prefill_w=prompts[0], prompt_token_j=prompts[1])
         assumed = [*prefill.assumed, "put together from prefill and decode"]
+        samples = [[*row[:-1], costs.host_decode_s] for row in prefill.samples]  # prefill launches no decode steps
         return msgspec.structs.replace(
             prefill,
             engine=engine,
+            samples=samples,
             power=watts,
             jitter=decode.jitter,
             decode_speeds=decode.decode_speeds,

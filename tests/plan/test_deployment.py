@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import msgspec
+import numpy as np
 import pytest
 
 from pdbench.config import LoadConfig
@@ -40,6 +41,14 @@ def test_steps_of_a_kind_that_did_not_calibrate_are_refused(
         [demand_of_load(LoadConfig(rate=2.0, requests=40, input_tokens=1500), 0)],
     )
     assert why is None if words is None else why is not None and words in why
+
+
+def test_an_engine_put_together_launches_decode_s_steps_in_every_draw() -> None:
+    prefill = msgspec.structs.replace(role(host_decode_s=0.0), samples=[[*row[:-1], 0.0] for row in role().samples])
+    together = calibration(roles={"prefill": prefill, "decode": role()})
+    for random in (None, np.random.default_rng(0)):
+        engine = deployment_of(together, parse_layout("single"), random).engines["single"]
+        assert engine.costs.host_decode_s == 0.002
 
 
 @pytest.mark.parametrize(
