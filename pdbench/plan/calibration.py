@@ -201,10 +201,15 @@ def _calibrate_role(role: Role, parts: list[Part], known: Mapping[Role, RoleCali
             chains = fit.chains(steps, trials, engine)
             prefill = fit.prefill_costs(chains, engine)
             sent_s = {name: float(request.sent_s or 0) for part in parts for name, request in part.requests.items()}
-            computed = {stream.id: stream.prompt_tokens for part in parts for stream in part.streams}
-            between = {name: row for part in steps for name, row in way_in.schedulable(part, sent_s, limits).items()}
+            tokens, computed = (
+                {stream.id: getattr(stream, name) for part in parts for stream in part.streams}
+                for name in ("prompt_tokens", "computed")
+            )
+            between = {
+                name: row for part in steps for name, row in way_in.schedulable(part, sent_s, limits, computed).items()
+            }
             ingress_s, per_token_s = way_in.of_busy(
-                np.array([computed[name] for name in between]), np.array([*between.values()])
+                np.array([tokens[name] for name in between]), np.array([*between.values()])
             )
             ingress_s -= proxy_s(parts) if role == "replica" else 0.0
             costs = msgspec.structs.replace(prefill.costs, ingress_s=ingress_s, ingress_per_token_s=per_token_s)

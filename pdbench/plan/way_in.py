@@ -13,19 +13,24 @@ MOST_PER_TOKEN_S = 6e-6
 """A tokenizer that takes longer than this for a token is not one."""
 
 
-def schedulable(steps: Steps, came_s: Mapping[str, float], limits: Limits) -> dict[str, tuple[float, float]]:
+def schedulable(
+    steps: Steps, came_s: Mapping[str, float], limits: Limits, computed: Mapping[str, int] | None = None
+) -> dict[str, tuple[float, float]]:
     """(earliest, latest) seconds from the instant in `came_s` until the engine could schedule a request, of requests that met running
-    streams.
+    streams; `computed` are their prompts' tokens, which may take several steps until the first token's.
 
     With asynchronous scheduling step k is scheduled as step k-2 is handed out, else as step k-1 is; a request of step k came after
     the scheduling before. Between its instants nothing is known.
     """
-    lag, since, handed = limits.lag, steps.since, steps.handed_s
-    return {
-        name: (float(handed[k - lag - 1]) - came_s[name], float(handed[k - lag]) - came_s[name])
-        for name, k in steps.first_step.items()
-        if since[k] > lag and name in came_s
-    }
+    lag, since, handed, found = limits.lag, steps.since, steps.handed_s, dict[str, tuple[float, float]]()
+    room = limits.max_num_batched_tokens - (steps.sequences - steps.firsts)
+    for name, k in steps.first_step.items():
+        rest = (computed or {}).get(name, 0)
+        while (rest := rest - room[k]) > 0 and since[k] > lag:
+            k -= 1
+        if since[k] > lag and name in came_s:
+            found[name] = float(handed[k - lag - 1]) - came_s[name], float(handed[k - lag]) - came_s[name]
+    return found
 
 
 def of_idle(tokens: IntArray, took_s: Array) -> tuple[float, float]:

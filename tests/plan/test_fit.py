@@ -230,6 +230,15 @@ def test_chunks_of_a_prompt_fill_the_steps_before_its_first_token() -> None:
     assert not len(fit.chains([rebuild([Stream("one", tokens_s.tolist(), 100, 100), after])], [0], engine).took_s)
 
 
+def test_a_prompt_of_several_chunks_came_before_the_first_of_them() -> None:
+    """Else the way in of long prompts has their steps in it."""
+    limits = Limits(max_num_batched_tokens=2048, max_num_seqs=64, captured=16)
+    tokens_s = np.arange(1, 60) * 0.02
+    streams = [Stream("one", tokens_s.tolist(), 100, 100), Stream("long", tokens_s[20:].tolist(), 4400, 4400)]
+    found = way_in.schedulable(rebuild(streams), {"long": 0.325}, limits, {"one": 100, "long": 4400})
+    assert found == {"long": (pytest.approx(-0.005), pytest.approx(0.015))}  # of step 18, scheduled at 0.34
+
+
 def test_fixed_lengths_leave_the_price_of_a_token_unknown() -> None:
     took = np.tile([0.0, 0.004, 0.05, 0.0025, 0.004], (40, 1))[:, 1:]
     prompt = np.tile([0, 2048, 0, 0], (40, 1))
