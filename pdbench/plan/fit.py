@@ -41,8 +41,9 @@ class Decode:
 
 @dataclass(frozen=True)
 class Prefill:
-    """`costs` of steps with prompts too; `samples` are rows of `COSTS` that the data leave possible, `speeds` the trials' factors on the host's part,
-    `ratios` (tokens, what prompts of about so many took over the costs)."""
+    """`costs` of steps with prompts too; `samples` are rows of `COSTS` that the data leave possible, `speeds` the trials'
+    factors on the host's part, where most prompts' steps are as long as the GPU's part on this, too; `ratios` (tokens, what prompts of about so
+    many took over the costs)."""
 
     costs: Costs
     samples: Array
@@ -195,11 +196,9 @@ def prefill_costs(observed: Chains, engine: Engine) -> Prefill:
     def costs_of(logs: Array) -> Costs:
         return with_values(fixed, values_of(logs))
 
-    def predicted(logs: Array) -> Array:
-        return durations(observed, costs_of(logs), engine.limits, speeds_of(logs)[which])
-
     def misfit(logs: Array) -> Array:
-        return np.log(observed.took_s[valid] / predicted(logs)[valid])
+        usual_s = durations(observed, costs_of(logs), engine.limits, speeds_of(logs)[which], gpu_too)
+        return np.log(observed.took_s[valid] / usual_s[valid])
 
     typical = float(np.median(observed.took_s[is_prefill & valid]))
     short = float(np.median(observed.took_s[valid & ~is_prefill]))
@@ -208,15 +207,12 @@ def prefill_costs(observed: Chains, engine: Engine) -> Prefill:
     prior = np.log([launch, 0.02 * per_token, 1e-3, 0.5 * per_token, BEFORE_GPU_S, 1.0, 0.7 * short])
     starts = [prior + np.log([1, a, 1, b, 1, 1, 1]) for a, b in ((1.0, 1.0), (10.0, 0.6), (1.0, 1.9))]
     starts = [np.append(start, np.zeros(len(trials) - 1)) for start in starts]
-    logs, samples = fit_logs(misfit, starts, prior, count=len(COSTS))
-    costs, speeds = costs_of(logs), speeds_of(logs)
-    factors, measured, of_gpu = prompt_factors(observed, costs, engine.limits, speeds[which])
-    by_gpu = np.median(of_gpu[is_prefill & valid]) > 0.5
-    if by_gpu and measured.any():  # then trials differ by the GPU's speed, not by that of its host
-        own = [factors[measured & (which == place)[:, None]] for place in range(len(trials))]
-        logs_of_trials = np.array([np.log(np.median(of_trial)) if len(of_trial) else np.nan for of_trial in own])
-        speeds = np.exp(np.nan_to_num(logs_of_trials - np.nanmean(logs_of_trials)))
-        factors = factors / speeds[which][:, None]
+    for gpu_too in (False, True):
+        logs, samples = fit_logs(misfit, starts, prior, count=len(COSTS))
+        costs, speeds = costs_of(logs), speeds_of(logs)
+        factors, measured, of_gpu = prompt_factors(observed, costs, engine.limits, speeds[which], gpu_too)
+        if np.median(of_gpu[is_prefill & valid]) <= 0.5:
+            break  # else trials differ by the GPU's speed, not by that of its host alone
     of_trial = np.broadcast_to(which[:, None], measured.shape)
     noise = series(factors[measured], of_gpu[measured], of_trial[measured])
     ratios = by_length(observed.prompt[measured], factors[measured])
@@ -242,14 +238,17 @@ def series(factors: Array, of_gpu: BoolArray, trials: IntArray) -> dict[str, Any
     return {"noise": launch or computing, "gpu_noise": computing if launch and of_gpu.sum() >= LEAST_STEPS else ()}
 
 
-def durations(observed: Chains, costs: Costs, limits: Limits, speeds: Array | float = 1.0) -> Array:
+def durations(
+    observed: Chains, costs: Costs, limits: Limits, speeds: Array | float = 1.0, gpu_too: bool = False
+) -> Array:
     """How long each step of chains takes by the recursion of `plan.engine`, from the instant at which it was really scheduled; the host launches
-    a row's prompts in `speeds` times as long."""
+    a row's prompts in `speeds` times as long, and the GPU computes them so if `gpu_too`."""
     speed, is_prefill = np.broadcast_to(speeds, len(observed.trial))[:, None], observed.prompt > 0
     host_s = costs.host_prompt_s(observed.prompt, observed.beyond, observed.alike)
     launch = np.where(is_prefill, speed * host_s, costs.host_decode_s)
     before = np.where(is_prefill, speed * costs.before_gpu_s, 0.0)
-    work = observed.decode_s + np.where(is_prefill, costs.gpu_prompt_s(observed.prompt), 0.0)
+    gpu_s = (speed if gpu_too else 1.0) * costs.gpu_prompt_s(observed.prompt)
+    work = observed.decode_s + np.where(is_prefill, gpu_s, 0.0)
     if not limits.async_scheduling:
         return np.asarray(np.maximum(launch, before + work))
     took = np.empty_like(work)
@@ -261,7 +260,7 @@ def durations(observed: Chains, costs: Costs, limits: Limits, speeds: Array | fl
 
 
 def prompt_factors(
-    observed: Chains, costs: Costs, limits: Limits, speeds: Array | float = 1.0
+    observed: Chains, costs: Costs, limits: Limits, speeds: Array | float = 1.0, gpu_too: bool = False
 ) -> tuple[Array, BoolArray, BoolArray]:
     """How many times as long as `costs` and `speeds` say the prompt of each step took, of which steps that is seen, and which were as long as the
     GPU's part.
@@ -269,10 +268,10 @@ def prompt_factors(
     Where the host launches a prompt for longer than the GPU computes it, its own step shows that; else what is over in it and, with asynchronous
     scheduling, in the next one, which waits for the GPU.
     """
-    usual_s, valid = durations(observed, costs, limits, speeds), observed.took_s > 0
+    usual_s, valid = durations(observed, costs, limits, speeds, gpu_too), observed.took_s > 0
     speed = np.broadcast_to(speeds, len(observed.trial))[:, None]
     host_s = speed * costs.host_prompt_s(observed.prompt, observed.beyond, observed.alike)
-    gpu_s = costs.gpu_prompt_s(observed.prompt)
+    gpu_s = (speed if gpu_too else 1.0) * costs.gpu_prompt_s(observed.prompt)
     over_s, shown = np.where(valid, observed.took_s - usual_s, 0.0), valid.copy()
     if limits.async_scheduling:
         over_s[:, :-1] += over_s[:, 1:].copy()

@@ -163,6 +163,25 @@ def test_launch_that_decode_hides_is_no_longer_than_decode_s_on_an_engine_withou
     assert found.prompt_step_s(np.array([100, 200]), 0) == pytest.approx([0.04, 0.08], rel=0.1)
 
 
+def test_speeds_of_trials_are_those_of_the_gpu_where_it_takes_longest() -> None:
+    """As `at_speed` changes both parts. What is left is noise around 1."""
+    random = np.random.default_rng(0)
+    trial = np.repeat([0, 1, 2], 80)
+    prompt = np.tile(0, (240, 4))
+    prompt[:, 1] = random.integers(2500, 6000, 240)
+    slower = np.array([0.85, 1.0, 1.18])[trial] * np.exp(random.normal(0, 0.01, 240))
+    launch_s, gpu_s = slower * 0.018, slower * (0.002 + 1.1e-5 * prompt[:, 1])
+    took_s = np.full((240, 4), 0.004)
+    took_s[:, 1] = launch_s
+    took_s[:, 2] = np.maximum(0.002, np.maximum(0.006 * slower, 0.004) + 0.004 + gpu_s - launch_s)
+    observed = fit.Chains(took_s, prompt, prompt > 8192, prompt < 0, np.full(took_s.shape, 0.004), trial)
+    limits = Limits(max_num_batched_tokens=8192, max_num_seqs=64, captured=8192)
+    found = fit.prefill_costs(observed, Engine(costs=Costs(gpu_decode_s={1: 0.004}), limits=limits))
+    assert found.speeds == pytest.approx([0.85, 1.0, 1.18], rel=0.01)
+    for of_trial in (*found.costs.noise, *found.costs.gpu_noise):
+        assert np.median(of_trial) == pytest.approx(1.0, abs=0.04)
+
+
 def test_host_launches_no_decode_step_slower_than_the_fastest_one_took() -> None:
     took = np.tile([0.004, 0.05, 0.0035, 0.004], (40, 1))
     prompt = np.tile([0, 2048, 0, 0], (40, 1))
