@@ -40,7 +40,8 @@ Kind = Literal["line", "points", "bar", "hbar", "area", "boxes", "interval"]
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One line, set of points, bars or boxes; `labels` are texts beside its points or bars. NaN in `y` breaks a line.
+    """One line, set of points, bars or boxes; `labels` are texts beside its points or bars. NaN in `y` breaks a line;
+    one of width 0 is only its points.
 
     boxes: `x` holds (start, end) pairs, `y` rows of height 1. interval: `low` and `high` bound each `x`.
     """
@@ -69,7 +70,7 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """`label` with its unit. `low` and `high` cut it. `ticks` are places with their labels, `names` the categories of bars."""
+    """`label` with its unit. `low` and `high` cut it. `ticks` are places with their labels, `names` the categories of bars or rows."""
 
     label: str = ""
     log: bool = False

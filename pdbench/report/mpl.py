@@ -329,7 +329,7 @@ def _set_axis(axis: Axes, which: str, described: Axis) -> None:
     elif described.names:
         side.set_ticks(range(len(described.names)), [name.replace("-", "-\n") for name in described.names])
         axis.grid(axis="x", visible=False)
-    elif described.ticks:
+    if described.ticks:
         side.set_ticks(*described.ticks)
     if described.low is not None or described.high is not None:
         limit(described.low, described.high)

@@ -65,6 +65,7 @@ def show(rows: Sequence[Row], out: Path, console: Console) -> None:
 
 def missing(rows: Sequence[Row]) -> list[str]:
     """A line for each deployment that lacks points which another of the rows has, none where there are the same of all."""
+    rows = _with_short_names(rows)
     points = {
         name: [varied for varied, run in rows if run.name == name]
         for name in dict.fromkeys(run.name for _varied, run in rows)
@@ -131,6 +132,7 @@ def joined(
 
 def table(rows: Sequence[Row]) -> tables.Table:
     """A row per point and deployment for the terminal; `csv_of` has all figures."""
+    rows = _with_short_names(rows)
     keys = [*rows[0][0]]
     columns = {
         "TTFT ms\np50/p99": ("ttft_p50_ms", "ttft_p99_ms"),
@@ -170,7 +172,8 @@ def csv_of(rows: Sequence[Row]) -> str:
 
 def curves(rows: Sequence[Row]) -> Chart:
     """Latencies against throughput with their knees; goodput and energy (tokens/s without a meter) against the first option; TTFT's parts
-    at every point."""
+    at every point. Where the first option's values have no order, no line joins its points."""
+    rows = _with_short_names(rows)
     metered = any(text.value(run, "j_per_output_token") is not None for _varied, run in rows)
     cost = "j_per_output_token" if metered else "output_tokens_per_s"
     load = rows[0][1].config.get("load") or {}
@@ -189,8 +192,22 @@ def curves(rows: Sequence[Row]) -> Chart:
     parts = ttft_parts({", ".join([run.name, *_settings(varied)]): run for varied, run in by_deployment}).panels[0]
     panels += [parts] if parts.series else []
     keys = [*map(text.option, rows[0][0])]
-    caption = _("numbers at the points: {0}", text.option_label(next(iter(rows[0][0]))))
+    words = "numbers at the points: {0}" if _in_order(rows) else "names at the points: {0}"
+    caption = _(words, text.option_label(next(iter(rows[0][0]))))
     return Chart(key="sweep", title=_("Sweep over {0}", ", ".join(keys)), panels=panels, caption=caption)
+
+
+def _with_short_names(rows: Sequence[Row]) -> list[Row]:
+    """The rows with the short names of files."""
+    names = {
+        key: text.file_names([*{varied[key]: None for varied, _run in rows if isinstance(varied[key], str)}])
+        for key in rows[0][0]
+        if key.rsplit(".", 1)[-1] in text.FILE_OPTIONS
+    }
+    return [
+        ({key: names[key].get(value, value) if key in names else value for key, value in varied.items()}, run)
+        for varied, run in rows
+    ]
 
 
 def _settings(varied: Mapping[str, Any]) -> list[str]:
@@ -200,8 +217,10 @@ def _settings(varied: Mapping[str, Any]) -> list[str]:
 
 def _panel(rows: Sequence[Row], metric: str, title: str, by_option: bool = False) -> Panel:
     """`metric` against throughput with each curve's knee, or against the first option. A curve per deployment and other options, without
-    the points whose figures do not count."""
+    the points whose figures do not count. Values without an order are rows, with points alone."""
     option, *others = rows[0][0]
+    in_order = _in_order(rows)
+    names = [] if in_order or not by_option else [*dict.fromkeys(str(varied[option]) for varied, _run in rows)]
     groups: dict[str, list[tuple[Any, float, str]]] = {}
     runs: dict[str, list[RunAnalysis]] = {}
     void: list[tuple[Any, float]] = []
@@ -218,25 +237,42 @@ def _panel(rows: Sequence[Row], metric: str, title: str, by_option: bool = False
         runs.setdefault(name, []).append(run)
     drawn: list[Series] = []
     knees: list[tuple[float, float]] = []
-    for (name, points), shade in zip(groups.items(), shades([*groups]), strict=True):
+    for number, ((name, points), shade) in enumerate(zip(groups.items(), shades([*groups]), strict=True)):
         x, y, labels = zip(*points, strict=True)
-        x, shown, called = _places(x), () if by_option else labels, _with_gpus(name, runs[name], rows)
-        drawn.append(Series(name=called, x=x, y=y, shade=shade, marker="o", labels=shown))
-        bend = None if by_option else knee(x, y)
+        x = _places(x)
+        if names:  # equal points of several deployments would hide each other
+            x, y = y, tuple(names.index(word) + 0.6 * ((number + 0.5) / len(groups) - 0.5) for word in x)
+        drawn.append(
+            Series(
+                name=_with_gpus(name, runs[name], rows),
+                x=x,
+                y=y,
+                shade=shade,
+                width=1.5 if in_order else 0,
+                marker="o",
+                labels=() if by_option else labels,
+            )
+        )
+        bend = knee(x, y) if in_order and not by_option else None
         knees += [] if bend is None else [(x[bend], y[bend])]
     if void:
         x, y = zip(*void, strict=True)
-        drawn.append(Series(kind="points", name=_("does not count"), x=_places(x), y=y, shade=BAD, size=6))
+        x, y = (y, tuple(names.index(str(word)) for word in x)) if names else (_places(x), y)
+        drawn.append(Series(kind="points", name=_("does not count"), x=x, y=y, shade=BAD, size=6))
     if knees:
         x, y = zip(*knees, strict=True)
         drawn.append(Series(kind="points", name=_("knee"), x=x, y=y, shade=BAD, size=15, hollow=True))
     integer = all(isinstance(at, int) for points in groups.values() for at, _value, _label in points)
     high = max((1.15 * value for points in groups.values() for _at, value, _label in points), default=None)
+    across = Axis(label=text.option_label(option) if by_option else text.label("output_tokens_per_s"), integer=integer)
+    up = Axis(label=text.label(metric), low=0, high=high or None)
+    if names:
+        across, up = up, Axis(names=names, ticks=(range(len(names)), names))
     return Panel(
         title=title,
         series=drawn,
-        x=Axis(label=text.option_label(option) if by_option else text.label("output_tokens_per_s"), integer=integer),
-        y=Axis(label=text.label(metric), low=0, high=high or None),
+        x=across,
+        y=up,
         not_measured=_(text.NEEDS_SLO) if metric.startswith("goodput") else "",
     )
 
@@ -251,6 +287,11 @@ def _with_gpus(name: str, runs: Sequence[RunAnalysis], rows: Sequence[Row]) -> s
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _in_order(rows: Sequence[Row]) -> bool:
+    """Are there numbers among the first option's values? Words have no order."""
+    return any(_is_number(next(iter(varied.values()))) for varied, _run in rows)
 
 
 def _order(value: Any) -> tuple[bool, float]:

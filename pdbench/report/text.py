@@ -77,6 +77,8 @@ METRICS = {
 """Metric -> title, unit, where it is in `RunAnalysis.summary`. Quantiles, such as ttft_p99_ms, are of their latency's entry."""
 UNNAMED = ("model", "models", "weights", "checkpoint", "hf")
 """Names of folders that do not say which model they hold."""
+FILE_OPTIONS = ("trace", "prompt_file", "model", "tokenizer")
+"""Options whose values name files or folders."""
 NEEDS_SLO = "needs --slo-ttft-ms, --slo-tbt-ms or another limit"
 
 
@@ -194,6 +196,16 @@ def option_label(key: str) -> str:
 def option_value(value: Any) -> str:
     """An option's value: 16 for the number 16.0."""
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def file_names(paths: Sequence[str]) -> dict[str, str]:
+    """What each path is called: its last name without the ending, or the ending and as many folders more as tell all of them apart."""
+    for depth in range(1, max((len(PurePath(path).parts) for path in paths), default=0) + 1):
+        whole = [str(PurePath(*PurePath(path).parts[-depth:])) for path in paths]
+        for names in ([re.sub(r"(?<=[^/])(\.[A-Za-z]\w*)+$", "", name) for name in whole], whole):
+            if len({*names}) == len({*paths}):
+                return dict(zip(paths, names, strict=True))
+    return dict(zip(paths, paths, strict=True))
 
 
 def against(names: Sequence[str]) -> str:

@@ -9,15 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
 from pdbench import sweep
-from pdbench.analysis.run_analysis import analyze
+from pdbench.analysis.run_analysis import RunAnalysis, analyze
 from pdbench.config import Options
-from pdbench.records import load_run, save_run
+from pdbench.records import Flag, load_run, save_run
+from pdbench.report import mpl, text
 from pdbench.report import sweep as sweeps
-from pdbench.report import text
 from tests.support.processes import call_pdbench
 from tests.support.runs import build_run
 
@@ -120,3 +122,69 @@ def test_points_that_are_missing_are_named_and_no_other_sweep_is_replaced(tmp_pa
     saved_sweep(tmp_path / "one", "concurrency=1,2", {"single": {}})
     told = call_pdbench("report", "both", "one", "--out", "one", cwd=tmp_path)
     assert told.returncode == 1 and "one holds a sweep of its own" in told.stderr
+
+
+TRACES = [f"/data/loads/{name}.jsonl" for name in ("rate-4", "rate-12", "rate-20", "bursts-12", "conversations-long")]
+
+
+def rows_of_traces(*names: str, void: str = "") -> list[tuple[dict[str, Any], RunAnalysis]]:
+    """A run per trace and deployment, slower from trace to trace; that of `void` does not count."""
+    return [
+        ({"trace": trace}, analyze(run))
+        for name in names
+        for number, trace in enumerate(TRACES, 1)
+        for flags in [[Flag("gate-failed", "3 of 4")] * (trace == void)]
+        for load in [{"concurrency": number, "trace": trace, "slo_ttft_ms": 200.0}]
+        for run in [
+            build_run(name, trials=1, requests=6, load=load, concurrency=number, ttft_ms=20.0 * number**3, flags=flags)
+        ]
+    ]
+
+
+def test_files_have_short_names_and_the_csv_their_paths():
+    rows = rows_of_traces("replicas", "disaggregated")
+    assert [row[0] for row in sweeps.table(rows).cells[:2]] == ["rate-4", "rate-12"]
+    chart = sweeps.curves(rows)
+    assert chart.caption == "names at the points: trace"
+    assert chart.panels[0].series[0].labels[:2] == ("rate-4", "rate-12")
+    assert chart.panels[-1].y.names[0] == "replicas, trace rate-4"
+    assert [row["trace"] for row in csv.DictReader(io.StringIO(sweeps.csv_of(rows)))] == TRACES * 2
+    assert sweeps.missing(rows[:-1]) == ["not measured of disaggregated: trace conversations-long"]
+
+
+def test_words_have_no_lines_and_no_knee_and_each_is_a_row():
+    panels = sweeps.curves(rows_of_traces("replicas", "disaggregated", void=TRACES[1])).panels
+    for panel in panels[:4]:
+        assert [series.name for series in panel.series] == ["replicas", "disaggregated", "does not count"]
+        assert [series.width for series in panel.series[:2]] == [0, 0]
+    names = ["rate-4", "rate-12", "rate-20", "bursts-12", "conversations-long"]
+    for panel in panels[2:4]:
+        one, other, void = (series.y for series in panel.series)
+        assert panel.y.names == names and panel.x.label and panel.x.low == 0
+        assert [round(y) for y in one] == [round(y) for y in other] == [0, 2, 3, 4] and void == (1, 1)
+        assert not {*one} & {*other}
+
+
+@pytest.mark.parametrize("last", [4, None])
+def test_numbers_have_lines_with_a_knee_beside_none_too(last):
+    rows = [
+        ({"concurrency": value}, analyze(build_run(trials=1, requests=8, concurrency=number, ttft_ms=5.0 * 3**number)))
+        for number, value in enumerate((1, 2, 3, last), 1)
+    ]
+    chart = sweeps.curves(rows)
+    assert chart.caption.startswith("numbers at the points")
+    assert [series.name for series in chart.panels[0].series] == ["disaggregated", "knee"]
+    for panel in (chart.panels[0], chart.panels[3]):
+        assert panel.series[0].width and not panel.y.names
+
+
+def test_names_of_values_do_not_overlap_in_the_picture():
+    with matplotlib.rc_context(mpl.STYLE):
+        figure = mpl.chart(sweeps.curves(rows_of_traces("replicas", "disaggregated")), 16, 15)
+        FigureCanvasAgg(figure).draw()
+    for axis in figure.axes[2:4]:
+        ticks = [tick.get_window_extent() for tick in axis.get_yticklabels()]
+        assert [tick.get_text() for tick in axis.get_yticklabels()][-1] == "conversations-long"
+        assert not any(a.overlaps(b) for place, a in enumerate(ticks) for b in ticks[:place])
+    (beside,) = [axis.get_tightbbox() for axis in figure.axes[3:4]]
+    assert beside.x0 > figure.axes[2].get_window_extent().x1 and figure.axes[2].get_tightbbox().x0 > 0

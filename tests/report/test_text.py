@@ -197,3 +197,21 @@ def test_headline_of_runs_on_one_gpu_each_says_so(lang):
 )
 def test_axis_of_an_option_has_its_unit(key: str, label: str) -> None:
     assert text.option_label(key) == label
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["/a/loads/rate-4.jsonl", "b/rate-12.csv.gz"], ["rate-4", "rate-12"]),
+        (["a/rate-0.5.jsonl", "a/rate-1.5.jsonl"], ["rate-0.5", "rate-1.5"]),
+        (["a/rate-0.5", "a/rate-1.5"], ["rate-0.5", "rate-1.5"]),
+        (["a/x.csv", "a/x.jsonl"], ["x.csv", "x.jsonl"]),
+        (["/r/a/x.csv", "/r/b/x.csv"], ["a/x", "b/x"]),
+        (["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B"], ["Qwen2.5-0.5B", "Qwen2.5-1.5B"]),
+        (["a/x", "./a/x"], ["a/x", "./a/x"]),
+        (["/.jsonl"], [".jsonl"]),
+        ([], []),
+    ],
+)
+def test_files_are_called_by_the_shortest_names_that_tell_them_apart(paths: list[str], names: list[str]) -> None:
+    assert text.file_names(paths) == dict(zip(paths, names, strict=True))
