@@ -7,21 +7,23 @@ Writes one file for each load into OUT, and prints them as a sweep takes them:
 import argparse
 import itertools
 import json
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 from pdbench.load.arrivals import gamma
 from pdbench.load.prompts import length
 
+CALIBRATED = tomllib.loads((Path(__file__).parents[1] / "recipes" / "calibrate.toml").read_text())["load"]
+"""The lengths of a calibration, from which those of the loads here are taken where they name none of their own."""
+
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Requests per second; tokens in and out, log-normal with this spread (0: all the same); the burstiness of gamma arrivals, 1 of Poisson's."""
+    """Requests per second; `fixed` tokens in and out, None: as the calibration draws them; the burstiness of gamma arrivals, 1 of Poisson's."""
 
     rate: float
-    input_tokens: int = 1536
-    output_tokens: int = 128
-    spread: float = 0.8
+    fixed: tuple[int, int] | None = None
     burstiness: float = 1.0
 
 
@@ -31,26 +33,35 @@ LOADS = {
     "rate-20": HeldOut(20),
     "rate-28": HeldOut(28),
     "bursts-12": HeldOut(12, burstiness=1 / 9),  # gaps whose standard deviation is three times their mean
-    "512-256": HeldOut(12, 512, 256, 0),
-    "2048-128": HeldOut(8, 2048, 128, 0),
-    "6000-64": HeldOut(3, 6000, 64, 0),
+    "512-256": HeldOut(12, (512, 256)),
+    "2048-128": HeldOut(8, (2048, 128)),
+    "6000-64": HeldOut(3, (6000, 64)),
 }
 """Section 11 of the planner's study, and what other pages measure."""
 
 
+def tokens_of(load: HeldOut, name: str, index: int) -> dict[str, int]:
+    """The lengths of the n-th request of this load."""
+    if load.fixed:
+        return dict(zip(("input_tokens", "output_tokens"), load.fixed, strict=True))
+    return {
+        f"{side}_tokens": min(
+            CALIBRATED[f"max_{side}_tokens"],
+            length(
+                CALIBRATED[f"{side}_tokens"],
+                CALIBRATED[f"{side}_distribution"],
+                CALIBRATED[f"{side}_spread"],
+                f"{name}/{side.removesuffix('put')}/{index}",
+            ),
+        )
+        for side in ("input", "output")
+    }
+
+
 def write(load: HeldOut, seconds: float, path: Path) -> None:
-    """Lengths end where those of recipes/calibrate.toml do."""
-    lines = []
-    for index, at_s in enumerate(
-        itertools.takewhile(lambda t: t < seconds, gamma(load.rate, load.burstiness, path.stem))
-    ):
-        shape = "lognormal" if load.spread else "fixed"
-        tokens = {
-            "input_tokens": min(7000, length(load.input_tokens, shape, load.spread, f"{path.stem}/in/{index}")),
-            "output_tokens": min(1000, length(load.output_tokens, shape, load.spread, f"{path.stem}/out/{index}")),
-        }
-        lines.append(json.dumps({"arrival_s": round(at_s, 4), **tokens}))
-    path.write_text("\n".join(lines) + "\n")
+    instants = itertools.takewhile(lambda t: t < seconds, gamma(load.rate, load.burstiness, path.stem))
+    rows = [{"arrival_s": round(at_s, 4)} | tokens_of(load, path.stem, index) for index, at_s in enumerate(instants)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main() -> None:
