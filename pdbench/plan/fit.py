@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -196,7 +197,7 @@ def prefill_costs(observed: Chains, engine: Engine) -> Prefill:
     def costs_of(logs: Array) -> Costs:
         return with_values(fixed, values_of(logs))
 
-    def misfit(logs: Array) -> Array:
+    def misfit(logs: Array, gpu_too: bool) -> Array:
         usual_s = durations(observed, costs_of(logs), engine.limits, speeds_of(logs)[which], gpu_too)
         return np.log(observed.took_s[valid] / usual_s[valid])
 
@@ -208,7 +209,7 @@ def prefill_costs(observed: Chains, engine: Engine) -> Prefill:
     starts = [prior + np.log([1, a, 1, b, 1, 1, 1]) for a, b in ((1.0, 1.0), (10.0, 0.6), (1.0, 1.9))]
     starts = [np.append(start, np.zeros(len(trials) - 1)) for start in starts]
     for gpu_too in (False, True):
-        logs, samples = fit_logs(misfit, starts, prior, count=len(COSTS))
+        logs, samples = fit_logs(partial(misfit, gpu_too=gpu_too), starts, prior, count=len(COSTS))
         costs, speeds = costs_of(logs), speeds_of(logs)
         factors, measured, of_gpu = prompt_factors(observed, costs, engine.limits, speeds[which], gpu_too)
         if np.median(of_gpu[is_prefill & valid]) <= 0.5:

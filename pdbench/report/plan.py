@@ -9,19 +9,7 @@ import numpy as np
 from pdbench.plan.records import Calibration, Check, Figure, Prediction, RoleCalibration, Search
 from pdbench.plan.seconds import PARTS
 from pdbench.report import text
-from pdbench.report.chart_types import (
-    BAD,
-    GOOD,
-    GREY,
-    MUTED,
-    ORANGE,
-    SHADES,
-    Axis,
-    Chart,
-    Panel,
-    Series,
-    shades,
-)
+from pdbench.report.chart_types import BAD, GOOD, GREY, MUTED, ORANGE, SHADES, Axis, Chart, Panel, Series, shades
 from pdbench.report.tables import Table, Value
 from pdbench.report.text import translate as _
 
