@@ -4,7 +4,7 @@
 # GROUP: two-gpu or connector (two lanes of two GPUs each, at the same time: about 26 and 10 minutes; on two GPUs connector's lanes come one
 # after the other, about 20), tensor-parallel (about 16), tensor-parallel-load (about 22, first-token beside it), dense-lanes (about 5), fleet (about 26),
 # fleet-tuned (about 24), fleet-512 (about 16), on two GPUs rivals (about 25; needs nixl and
-# mooncake), wire (about 6), first-token (about 8), dense (about 7) or calibrate (about 24); default: all but the last four.
+# mooncake), wire (about 6), first-token (about 8), dense (about 7), calibrate (about 24) or, on one, one-gpu (about 26); default: all but the last five.
 # No step begins later than SECONDS after the start; each leaves a folder and a log in OUT and prints one line; one that fails ends no other.
 # CONNECTORS names those of rivals (default: all, with commas between). MODEL is a model folder (default: DeepSeek-V2-Lite's shape with random weights, made in OUT), PDBENCH_PYTHON the Python that has pdbench and vLLM.
 set -u
@@ -134,6 +134,17 @@ calibrate() { # then loads of other rates, lengths and bursts, and two replicas,
     measure held-out 760 sweep calibrate --against disaggregated,replicas --vary trace=$("$python" benchmarks/held_out.py "$out/loads" --seconds 20) $slo
 }
 
+one_gpu() { # three ways to use one GPU, the two of several instances again with CUDA's Multi-Process Service, and Mooncake's gate
+    local sweep="--prefill-gpus 0 --decode-gpus 0 --vary rate=4,8,12 --duration-s 24 $slo" vllm=$graphs
+    measure one-gpu 1000 sweep gpu-1p1d-graphs --against single,replicas,disaggregated $sweep
+    if nvidia-cuda-mps-control -d; then
+        measure one-gpu-mps 700 sweep gpu-1p1d-graphs --against disaggregated,replicas $sweep
+        echo quit | nvidia-cuda-mps-control
+    fi
+    measure mooncake 300 run gpu-1p1d-graphs --prefill-gpus 0 --decode-gpus 0 --against disaggregated --connector mooncake --rate 4 --requests 60
+    step tests-victims 300 "$python" -m pytest -v -p no:cacheprovider -m gpu tests/gpu/test_kv_nccl.py -k victim
+}
+
 second_turn() {
     step second-turn 240 env CUDA_VISIBLE_DEVICES=0,1 "$python" benchmarks/second_turn.py --connector p2p-nccl --model "$model" --conversations 10 \
         --prompt 2048 --answer 384 --new 64 "--vllm-args=--load-format dummy $alone"
@@ -227,8 +238,9 @@ for group in "$@"; do
     dense) dense dense replicas,disaggregated "" ;;
     dense-lanes) dense_lanes ;;
     calibrate) calibrate ;;
+    one-gpu) one_gpu ;;
     *)
-        echo "no group $group: two-gpu, connector, tensor-parallel, tensor-parallel-load, fleet, fleet-tuned, fleet-512, rivals, wire, first-token, dense, dense-lanes, calibrate" >&2
+        echo "no group $group: two-gpu, connector, tensor-parallel, tensor-parallel-load, fleet, fleet-tuned, fleet-512, rivals, wire, first-token, dense, dense-lanes, calibrate, one-gpu" >&2
         exit 2
         ;;
     esac

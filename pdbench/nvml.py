@@ -58,6 +58,8 @@ GA100 = 8.0
 """The compute capability up to which nvmlDeviceGetPowerUsage gives an instant; newer ones the mean of a second (NVML's documentation)."""
 ANSWER_S = 20.0
 """A driver takes seconds to wake GPUs that nobody uses; one that hangs answers never."""
+MPS = "nvidia-cuda-mps"
+"""Processes of CUDA's Multi-Process Service, which lets several processes compute on a GPU at the same time, are named so."""
 P = ParamSpec("P")
 T = TypeVar("T")
 _VALUE_MEMBERS = {

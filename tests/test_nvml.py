@@ -2,6 +2,8 @@
 
 import errno
 import json
+import shutil
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -52,10 +54,19 @@ def test_lost_gpu_hides_no_other(nvml_library: Path) -> None:
     assert [gpu["index"] for gpu in found["gpus"]] == [1, 2] and found["facts"]["gpu_links"] == {"1-2": "NV18"}
 
 
+def test_facts_say_whether_several_processes_compute_at_once(nvml_library: Path, tmp_path: Path) -> None:
+    assert inventory(nvml_library)["facts"]["mps"] is False
+    daemon = shutil.copy(shutil.which("sleep") or "", tmp_path / "nvidia-cuda-mps-control")
+    with subprocess.Popen([daemon, "60"]) as process:
+        assert inventory(nvml_library)["facts"]["mps"] is True
+        process.kill()
+
+
 def test_host_without_driver_has_no_gpus(nvml_library: Path) -> None:
     found = inventory(nvml_library, fail="-2:Init:9")
     assert found["gpus"] == found["facts"]["gpus"] == []
     assert found["facts"]["gpu_links"] == {} and found["facts"]["driver"] is None
+    assert found["facts"]["mps"] is None
 
 
 @pytest.mark.parametrize(

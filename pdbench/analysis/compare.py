@@ -298,6 +298,8 @@ def _gpus_found(run: RunAnalysis) -> dict[str, Any]:
     for mode in ("persistence", "ecc", "mig"):
         states = {gpu.settings[mode] for gpu in gpus if mode in gpu.settings}
         found[f"{_FOUND}, {mode}"] = ["on" if state else "off" for state in sorted(states)] or None
+    mps = run.host.get("mps")  # not recorded by earlier versions
+    found[f"{_FOUND}, MPS"] = None if mps is None else ["on" if mps else "off"]
     # A clock that a power limit held down says nothing of how it was set.
     clocks = [
         device.readings["sm_clock_mhz"].max

@@ -39,7 +39,7 @@ def gpus_of(processes: Iterable[int]) -> list[int]:
 
 def in_use(gpus: Sequence[int]) -> Iterator[Flag]:
     """A flag for each of these GPUs on which somebody's processes are before ours start."""
-    processes = Counter(index for index, _pid in nvml.computing())  # in a container often none
+    processes = Counter(index for index, pid in nvml.computing() if not _serves_mps(pid))  # in a container often none
     for gpu in nvml.gpus():
         used_mib, total_mib = gpu.memory_used_mib or 0.0, gpu.memory_total_mib or inf
         if gpu.index in gpus and (processes[gpu.index] or used_mib > max(USED_MIB, USED_SHARE * total_mib)):
@@ -92,7 +92,7 @@ class Newcomers:
 def _serves_mps(pid: int) -> bool:
     """CUDA's Multi-Process Service, through which the servers themselves compute."""
     with suppress(psutil.Error):
-        return psutil.Process(pid).name().startswith("nvidia-cuda-mps")
+        return psutil.Process(pid).name().startswith(nvml.MPS)
     return False
 
 

@@ -271,11 +271,13 @@ def test_gpus_that_somebody_set_differ_from_others_and_are_flagged(
     details = [[flag.detail for flag in analyze(run).flags if flag.name == "clocks-set"] for run in (free, changed)]
     assert details[0] == [] and [detail[:4] for detail in details[1]] == ["gpu0", "gpu1"]
     assert "it ran at 1410 of 1980 MHz at most" in details[1][0]
+    changed.host["mps"] = True
     changed.config["load"]["nonce"] = free.config["load"]["nonce"]
     assert {str(mismatch) for mismatch in compare(analyze(free), analyze(changed)).mismatches} == {
         "GPUs as found, power limit: 700 W against 500 W",
         "GPUs as found, persistence: on against off",
         "GPUs as found, ecc: on against off",
+        "GPUs as found, MPS: off against on",
         "GPUs as found, highest clock in MHz: 1980 against 1410",
     }
     lock = {"requested_clock_mhz": 1410, "requested_power_cap_w": 500, "role": "server"}
@@ -286,6 +288,7 @@ def test_gpus_that_somebody_set_differ_from_others_and_are_flagged(
     assert {mismatch.what for mismatch in compare(analyze(free), ours).mismatches} == {
         "GPUs as found, persistence",
         "GPUs as found, ecc",
+        "GPUs as found, MPS",
     }
 
 

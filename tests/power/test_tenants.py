@@ -1,6 +1,7 @@
 """Processes of others on the GPUs while a load runs; NVML is the fake one."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,15 @@ def test_process_that_comes_to_a_servers_gpu_is_named_with_its_instant(nvml_libr
         r"gpu-shared-midway gpu0: process 4242, none of the servers', computed there \d+ s after the run began: ",
         printed[0],
     )
+
+
+def test_multi_process_service_is_nobody_else(nvml_library: Path, tmp_path: Path) -> None:
+    code = "from pdbench.power.tenants import in_use\nfor flag in in_use([0]): print(flag.detail)"
+    server = shutil.copy(shutil.which("sleep") or "", tmp_path / "nvidia-cuda-mps-server")
+    with subprocess.Popen([server, "60"]) as process:
+        printed = child(nvml_library, code, gpus="1", processes=f"0:{process.pid} 0:4242")
+        process.kill()
+    assert printed.startswith("gpu0: other processes (1) hold")
 
 
 def test_cores_used_counts_descendants_also_when_they_have_ended() -> None:
