@@ -134,15 +134,15 @@ calibrate() { # then loads of other rates, lengths and bursts, and two replicas,
     measure held-out 760 sweep calibrate --against disaggregated,replicas --vary trace=$("$python" benchmarks/held_out.py "$out/loads" --seconds 20) $slo
 }
 
-one_gpu() { # three ways to use one GPU, the two of several instances again with CUDA's Multi-Process Service, and Mooncake's gate
+one_gpu() { # three ways to use one GPU, Mooncake's gate, the ways with several instances under CUDA's Multi-Process Service
     local sweep="--prefill-gpus 0 --decode-gpus 0 --vary rate=4,8,12 --duration-s 24 $slo" vllm=$graphs
     measure one-gpu 1000 sweep gpu-1p1d-graphs --against single,replicas,disaggregated $sweep
+    measure mooncake 270 run gpu-1p1d-graphs --prefill-gpus 0 --decode-gpus 0 --against disaggregated --connector mooncake --rate 4 --requests 60
     if nvidia-cuda-mps-control -d; then
-        measure one-gpu-mps 700 sweep gpu-1p1d-graphs --against disaggregated,replicas $sweep
+        measure one-gpu-mps 560 sweep gpu-1p1d-graphs --against disaggregated,replicas $sweep
         echo quit | nvidia-cuda-mps-control
     fi
-    measure mooncake 300 run gpu-1p1d-graphs --prefill-gpus 0 --decode-gpus 0 --against disaggregated --connector mooncake --rate 4 --requests 60
-    step tests-victims 300 "$python" -m pytest -v -p no:cacheprovider -m gpu tests/gpu/test_kv_nccl.py -k victim
+    step tests-victims 250 "$python" -m pytest -v -p no:cacheprovider -m gpu tests/gpu/test_kv_nccl.py -k "victim and 9"
 }
 
 second_turn() {
