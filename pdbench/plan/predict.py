@@ -60,7 +60,7 @@ class Day:
 @dataclass(frozen=True)
 class Draw:
     """One simulation of a load's trials. `figures` are named as a run's; `outside` is the share of the busy time in steps beyond the
-    calibrated box, by what is beyond, `timed_out_pct` of the requests that the client would have ended; `seconds_ms` the mean request's parts (seconds.py); `growth` the mean TTFT, with the wait for a stream, of the last third of the requests over the first third's: above
+    calibrated box, by what is beyond, `timed_out_pct` of the requests that the client would have ended; `seconds_ms` the mean request's parts (seconds.py); `growth` the mean TTFT, with the waits for a stream and for decode, of the last third of the requests over the first third's: above
     `GROWTH` the queue grows. `distributions_ms` only where they were asked for."""
 
     figures: dict[str, float]
@@ -193,7 +193,7 @@ def draw_of(
     busy_s = sum(instance.prefill_s + instance.decode_s for instance in instances)
     outside = {name: sum(each.outside_s.get(name, 0.0) for each in instances) / busy_s for name in _LARGER}
     third = max(1, len(results[0].ttft_s) // 3)
-    taken = [result.ttft_s + result.waited_s for result in results]
+    taken = [each.ttft_s + each.waited_s + np.nan_to_num(each.joined_s - each.ready_s) for each in results]
     growth = np.mean([took_s[-third:].mean() / took_s[:third].mean() for took_s in taken])
     is_preempted = any(instance.preemptions for instance in instances)
     timed_out_pct = 100 * float(np.mean(timed_out))

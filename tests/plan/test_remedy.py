@@ -1,4 +1,4 @@
-"""The command below refusals."""
+"""What a refusal names as its remedy, and the command below refusals."""
 
 import json
 from pathlib import Path
@@ -7,12 +7,14 @@ import msgspec
 import pytest
 
 from pdbench.config import LoadConfig
+from pdbench.plan.demand import demand_of_load
 from pdbench.plan.deployment import parse_layout
-from pdbench.plan.predict import PREEMPTED
-from pdbench.plan.records import Prediction
+from pdbench.plan.engine import Box, Role
+from pdbench.plan.predict import PREEMPTED, predict
+from pdbench.plan.records import Calibration, Prediction, RoleCalibration
 from pdbench.plan.remedy import command_for
 from pdbench.report import plan as report
-from tests.plan.test_predict import calibration
+from tests.plan.test_predict import calibration, role
 
 COMMAND = "pdbench calibrate --against replicas,disaggregated --max-model-len=4096 --input-tokens=2048"
 LOAD = LoadConfig(rate=60.0, requests=100, input_tokens=2048, output_tokens=100)
@@ -54,3 +56,28 @@ def test_no_command_is_given_that_would_not_help() -> None:
     assert command_for(calibration(), [refused("1p1d")], LOAD) is None, "nobody knows how the servers were started"
     table = report.predictions([refused("1p1d")], on_gpus=True, remedy=command_for(found, [refused("1p1d")], LOAD))
     assert "measured by `pdbench calibrate" in table.note
+
+
+def wide(sequences: int = 64, sure: float = 0.05) -> Calibration:
+    """Engines calibrated in steps of so many sequences, with as many prompt tokens and context as any load has."""
+    box = Box(prompt_tokens=8192, sequences=sequences, context_tokens=1_000_000)
+    made: dict[Role, RoleCalibration] = {"prefill": role(sure), "decode": role(ingress_s=0.0), "single": role(sure)}
+    roles = {
+        name: msgspec.structs.replace(each, engine=msgspec.structs.replace(each.engine, box=box))
+        for name, each in made.items()
+    }
+    return calibration(roles=roles, command=COMMAND)
+
+
+def overloaded(found: Calibration, layout: str, **load: int) -> tuple[Prediction, str | None]:
+    """Its prediction, and the command that measures what is missing."""
+    config = LoadConfig(input_tokens=1500, **load)
+    answer = predict(found, parse_layout(layout), lambda draw: [demand_of_load(config, draw)], "", draws=12)
+    return answer, command_for(found, [answer], config)
+
+
+def test_a_queue_in_front_of_decode_grows_too() -> None:
+    """Though prefill gives the first token, so that TTFT does not show it."""
+    answer, _ = overloaded(wide(), "4p1d", rate=38, requests=300, output_tokens=200)
+    assert answer.saturated and answer.figures["ttft_p50_ms"].high < 100
+    assert "the queue grows" in report.predictions([answer], on_gpus=True).note
