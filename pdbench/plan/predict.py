@@ -108,7 +108,7 @@ def predict(
     except UserError as error:
         return Prediction(layout=layout, load=load, refusal=str(error))
     refusal = unfit(calibration, layout, demands(0)) if speeds is None else None
-    prediction = prediction_of(layout, load, drawn, usual, refusal)
+    prediction = prediction_of(calibration, layout, load, drawn, usual, refusal)
     if prediction.refusal and not anyway:
         return replace(prediction, figures={}, seconds_ms={})
     return prediction
@@ -218,35 +218,75 @@ def _ended_within(result: Simulated) -> BoolArray:
 
 
 def prediction_of(
-    layout: Layout, load: str, drawn: Sequence[Draw], usual: Draw, refusal: str | None = None
+    calibration: Calibration,
+    layout: Layout,
+    load: str,
+    drawn: Sequence[Draw],
+    usual: Draw,
+    refusal: str | None = None,
 ) -> Prediction:
     """The draws' medians and intervals, the seconds of `usual`; refused for `refusal`, or where their steps are a guess."""
     rows = [draw.figures for draw in drawn]
     names = {name: [row[name] for row in rows if name in row] for name in dict.fromkeys(chain.from_iterable(rows))}
     figures = {name: _figure(name, values) for name, values in names.items() if len(values) > 0.9 * len(rows)}
     outside = {name: float(np.median([draw.outside[name] for draw in drawn])) for name in _LARGER}
-    is_preempted = sum(draw.preempted for draw in drawn) > len(drawn) / 2
+    saturated, measurable = False, True
+    if refusal is None:
+        saturated = bool(np.median([draw.growth for draw in drawn]) > GROWTH)
+        refusal, measurable = _reason(calibration, layout, drawn, outside, figures, saturated=saturated)
     return Prediction(
         layout=layout,
         load=load,
         figures=figures,
         outside=outside,
-        refusal=refusal or beyond(outside, is_preempted, figures) or _ended(drawn),
-        saturated=refusal is None and bool(np.median([draw.growth for draw in drawn]) > GROWTH),
+        refusal=refusal,
+        measurable=measurable,
+        saturated=saturated,
         seconds_ms=usual.seconds_ms,
         distributions_ms=usual.distributions_ms,
         draws=len(drawn),
     )
 
 
-def _ended(drawn: Sequence[Draw]) -> str | None:
-    """Why a run of this load would not count: clients give up, and servers drop what the simulation goes on with."""
+def _reason(
+    calibration: Calibration,
+    layout: Layout,
+    drawn: Sequence[Draw],
+    outside: Mapping[str, float],
+    figures: Mapping[str, Figure],
+    *,
+    saturated: bool,
+) -> tuple[str | None, bool]:
+    """Why no figure is given (None: they are), and whether a measurement would help."""
+    where = of_ttft = "the instances"  # that requests wait for
+    if layout.kind == "disaggregated" and calibration.handoff:
+        waits_ms = [sum(draw.seconds_ms.get(part, 0.0) for draw in drawn) for part in ("queue", "decode_wait")]
+        where = "the prefill instances" if waits_ms[0] > waits_ms[1] else "the decode instances"
+        of_ttft = "the prefill instances" if calibration.handoff.prefill_opens > 0.5 else where
+    ttft, span = figures.get("ttft_p50_ms"), ""
+    if ttft and ttft.high > TOO_WIDE * ttft.low:
+        span = f"TTFT p50 anywhere from {ttft.low:,.0f} to {ttft.high:,.0f} ms"
+    larger = larger_steps(outside)
     ended_pct = float(np.median([draw.timed_out_pct for draw in drawn]))
-    if ended_pct <= failures.LIMIT_PCT:
-        return None
-    return (
-        f"{ended_pct:.0f} % of the requests would be ended by --request-timeout-s: give a lower load, or a longer limit"
-    )
+    if sum(draw.preempted for draw in drawn) > len(drawn) / 2:
+        return PREEMPTED, False
+    if larger and saturated:
+        return (
+            f"the load is beyond what {where} serve, and their queue grows: give more of them, or a lower load",
+            False,
+        )
+    if span and all(role_of(calibration, role).knows_lengths for role in layout.instances if role != "decode"):
+        # No cost is so uncertain: it is how long a queue gets.
+        return (
+            f"{span}: the load is near the limit of {of_ttft}, or beyond it: give more of them, or a lower load",
+            False,
+        )
+    if larger or span:
+        return larger or f"{span}: the runs do not show what decides it; measure spread lengths and more trials", True
+    if ended_pct > failures.LIMIT_PCT:  # clients give up, and servers drop what the simulation goes on with
+        ended = f"{ended_pct:.0f} % of the requests would be ended by --request-timeout-s"
+        return f"{ended}: give a lower load, or a longer limit", True
+    return None, True
 
 
 def interval_of(values: Array | Sequence[float]) -> tuple[float, float]:
@@ -266,21 +306,13 @@ def _figure(name: str, values: Sequence[float]) -> Figure:
     return Figure(value, low, high)
 
 
-def beyond(shares: Mapping[str, float], preempted: bool, figures: Mapping[str, Figure]) -> str | None:
+def larger_steps(shares: Mapping[str, float]) -> str | None:
     """Why the simulated steps are a guess."""
     worst = max(shares, key=lambda name: shares[name], default=None)
-    if worst is not None and shares[worst] > OUTSIDE:
-        what, how = _LARGER[worst]
-        return (
-            f"{100 * shares[worst]:.0f} % of the busy time has more {what} than any run: measure {how}, "
-            "for example `--rate R --ramp-to 2R`"
-        )
-    if preempted:
-        return PREEMPTED
-    ttft = figures.get("ttft_p50_ms")
-    if ttft and ttft.high > TOO_WIDE * ttft.low:
-        return (
-            f"TTFT p50 anywhere from {ttft.low:.0f} to {ttft.high:.0f} ms: the runs do not show what decides it; measure spread "
-            "lengths and more trials"
-        )
-    return None
+    if worst is None or shares[worst] <= OUTSIDE:
+        return None
+    what, how = _LARGER[worst]
+    return (
+        f"{100 * shares[worst]:.0f} % of the busy time has more {what} than any run: measure {how}, "
+        "for example `--rate R --ramp-to 2R`"
+    )

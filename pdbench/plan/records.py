@@ -117,7 +117,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     """What a deployment does under a load. `figures` are named as metrics of a run (ttft_p50_ms, j_per_output_token, ...).
 
     `outside` is the share of the busy time in steps beyond the calibrated box, by what was beyond. `refusal`: why no figure is
-    given, and the measurement that is missing. `saturated`: the queue grows, and the figures with the load's length.
+    given, and the remedy, which is a measurement if `measurable`. `saturated`: the queue grows, and the figures with the load's length.
     `seconds_ms`: the mean request's parts, at the costs' best estimate, as are `distributions_ms`, which checks have (plan/seconds.py).
     """
 
@@ -127,6 +127,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     figures: dict[str, Figure] = {}
     outside: dict[str, float] = {}
     refusal: str | None = None
+    measurable: bool = True
     saturated: bool = False
     seconds_ms: dict[str, float] = {}
     distributions_ms: dict[str, list[float]] = {}

@@ -9,7 +9,6 @@ from pdbench.config import LoadConfig
 from pdbench.load.arrivals import read_stages
 from pdbench.plan.calibration import SENT
 from pdbench.plan.demand import demand_of_load
-from pdbench.plan.predict import PREEMPTED
 from pdbench.plan.records import Calibration, Prediction
 
 BEYOND, BEGINNING = 1.25, 0.1
@@ -20,8 +19,8 @@ MODEL_LEN = 1024
 
 def command_for(calibration: Calibration, refused: Sequence[Prediction], load: LoadConfig) -> str | None:
     """`pdbench calibrate` as the runs were served, with this load's lengths and a ramp up to what one instance of the refused deployments gets of
-    it. None where that tells nothing: of queues that grow (a ramp's would, too), of a full KV cache, and of runs that do not say how they were served."""
-    layouts = [each.layout for each in refused if not each.saturated and each.refusal != PREEMPTED]
+    it. None where no measurement helps, of queues that grow (a ramp's would, too), and of runs that do not say how they were served."""
+    layouts = [each.layout for each in refused if each.measurable and not each.saturated]
     if not layouts or not calibration.command:
         return None
     demand = demand_of_load(load, 0)

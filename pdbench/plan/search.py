@@ -12,7 +12,17 @@ import numpy as np
 from pdbench.errors import UserError
 from pdbench.plan.deployment import sized, unfit
 from pdbench.plan.engine import Demand, Kind, Layout
-from pdbench.plan.predict import Day, Draw, Slo, beyond, days_of, draw_of, interval_of, prediction_of, usual_day
+from pdbench.plan.predict import (
+    Day,
+    Draw,
+    Slo,
+    days_of,
+    draw_of,
+    interval_of,
+    larger_steps,
+    prediction_of,
+    usual_day,
+)
 from pdbench.plan.records import ATTAIN_PCT, Calibration, Prediction, Search
 from pdbench.plan.simulate import simulate
 
@@ -42,7 +52,8 @@ class Trials:
     def may_keep(self, layout: Layout) -> bool:
         """Does it keep the SLO at the costs' best estimate?"""
         draw = self.once(layout)
-        return draw.figures["slo_met_pct"] >= ATTAIN_PCT and not beyond(draw.outside, draw.preempted, {})
+        is_guess = draw.preempted or larger_steps(draw.outside) is not None
+        return draw.figures["slo_met_pct"] >= ATTAIN_PCT and not is_guess
 
     def slowest_first(self, layout: Layout) -> Iterator[tuple[int, Draw]]:
         """(number, draw) of each day."""
@@ -67,7 +78,7 @@ class Trials:
         if layout.name not in self.judged:
             layout = sized(self.calibration, layout)
             draws = [draw for _, draw in sorted(self.slowest_first(layout), key=itemgetter(0))]
-            self.judged[layout.name] = prediction_of(layout, self.load, draws, self.once(layout))
+            self.judged[layout.name] = prediction_of(self.calibration, layout, self.load, draws, self.once(layout))
         return self.judged[layout.name]
 
     def is_tie(self, one: Layout, other: Layout) -> bool:

@@ -236,7 +236,7 @@ def test_blocks_that_were_cut_off_a_trace_are_in_no_cache(tmp_path: Path) -> Non
 
 
 def test_larger_batches_than_measured_are_refused() -> None:
-    refusal = predicted(calibration(), rate=16.0, output_tokens=400).refusal
+    refusal = predicted(calibration(), rate=6.0, output_tokens=400).refusal
     assert refusal and "sequences" in refusal and "--rate" in refusal
 
 

@@ -51,7 +51,7 @@ def test_ramp_of_a_trace_is_of_its_mean_rate(tmp_path: Path) -> None:
 
 def test_no_command_is_given_that_would_not_help() -> None:
     found = calibration(command=COMMAND)
-    growing, full = refused("1p1d", saturated=True), refused("1p1d", refusal=PREEMPTED)
+    growing, full = refused("1p1d", saturated=True), refused("1p1d", refusal=PREEMPTED, measurable=False)
     assert command_for(found, [growing, full], LOAD) is None
     assert command_for(calibration(), [refused("1p1d")], LOAD) is None, "nobody knows how the servers were started"
     table = report.predictions([refused("1p1d")], on_gpus=True, remedy=command_for(found, [refused("1p1d")], LOAD))
@@ -74,6 +74,28 @@ def overloaded(found: Calibration, layout: str, **load: int) -> tuple[Prediction
     config = LoadConfig(input_tokens=1500, **load)
     answer = predict(found, parse_layout(layout), lambda draw: [demand_of_load(config, draw)], "", draws=12)
     return answer, command_for(found, [answer], config)
+
+
+def test_a_ttft_that_a_queue_near_its_limit_decides_is_no_missing_measurement() -> None:
+    answer, command = overloaded(wide(), "1p4d", rate=62, requests=600, output_tokens=32)
+    assert answer.refusal == (
+        "TTFT p50 anywhere from 66 to 1,472 ms: the load is near the limit of the prefill instances, or beyond it: "
+        "give more of them, or a lower load"
+    )
+    assert not answer.saturated and command is None
+    unsure, command = overloaded(wide(sure=1.0), "single", rate=30, requests=300, output_tokens=32)
+    assert "measure spread lengths and more trials" in (unsure.refusal or "")
+    assert command and command.endswith("--ramp-to=75")
+
+
+@pytest.mark.parametrize(("layout", "where"), [("replicas:2", "the instances"), ("4p1d", "the decode instances")])
+def test_larger_steps_of_a_queue_that_grows_are_an_overload(layout: str, where: str) -> None:
+    answer, command = overloaded(wide(sequences=16), layout, rate=60, requests=300, output_tokens=400)
+    assert answer.refusal == (
+        f"the load is beyond what {where} serve, and their queue grows: give more of them, or a lower load"
+    )
+    assert answer.saturated and command is None
+    assert report.predictions([answer], on_gpus=True).note.count("queue grows") == 1
 
 
 def test_a_queue_in_front_of_decode_grows_too() -> None:

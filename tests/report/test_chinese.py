@@ -17,13 +17,14 @@ from pdbench.load.request_fields import refusal_flags
 from pdbench.load.self_check import NOTES, REMEDY, REMEDY_OF_ONE
 from pdbench.plan.calibration import _missing
 from pdbench.plan.engine import Layout
-from pdbench.plan.predict import _LARGER, beyond
-from pdbench.plan.records import Figure, Prediction
+from pdbench.plan.predict import _LARGER, PREEMPTED, larger_steps
+from pdbench.plan.records import Prediction
 from pdbench.report import plan as report
 from pdbench.report import text
 from tests.analysis.test_flags import arriving
 from tests.analysis.test_windows import open_run
 from tests.plan.test_predict import calibration, predicted, role
+from tests.plan.test_remedy import overloaded, wide
 
 PACKAGE = Path(pdbench.__file__).parent
 ENGLISH = re.compile(r"[a-z]{3,} [a-z]{2,} [a-z]{2,}")
@@ -93,9 +94,16 @@ def test_refused_predictions_say_why_in_chinese():
         predicted(calibration(handoff=None), "1p1d").refusal,
         predicted(calibration(roles={"decode": role()})).refusal,
         predicted(calibration(roles={"single": role(sure=1.0)}), input_tokens=4000).refusal,
-        *(beyond({name: 0.5}, False, {}) for name in _LARGER),
-        beyond({}, True, {}),
-        beyond({}, False, {"ttft_p50_ms": Figure(100.0, 10.0, 900.0)}),
+        *(larger_steps({name: 0.5}) for name in _LARGER),
+        PREEMPTED,
+        *(
+            overloaded(wide(sure=sure), "1p4d", rate=62, requests=600, output_tokens=32)[0].refusal
+            for sure in (0.05, 1.0)
+        ),
+        *(
+            overloaded(wide(sequences=16), layout, rate=60, requests=300, output_tokens=400)[0].refusal
+            for layout in ("single", "4p1d")
+        ),
     ]
     assert draws.refusal is None and all(refusals)
     with text.language("zh"):
