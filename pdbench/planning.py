@@ -138,7 +138,7 @@ def plan(
     write_all(out, "plan", files)
     tables.say(console, _("saved in {0}", str(out)))
     if predicted and most_gpus is None and all(each.refusal for each in predicted):
-        raise UserError("no deployment is predicted: the tables say what to measure first")
+        raise UserError("no deployment is predicted: the tables say why, and what would help")
 
 
 def read_calibration(sources: Sequence[Path], console: Console) -> Calibration:

@@ -31,7 +31,7 @@ PAUSES_ERROR = 0.5
 steps took 0.18 to 0.37 times a step on top on two H100s, 0.46 to 0.78 on four of another start (docs/results/plan)."""
 WINDOW_ERROR = 0.03
 """Standard deviation of the logarithm of tokens/s and goodput over what was measured, in 41 runs: where the window begins and ends in the load."""
-PREEMPTED = "the KV cache would be full and requests preempted: no run shows what that costs"
+PREEMPTED = "the KV cache would be full and requests preempted: no run shows what that costs; give more instances, or a lower load"
 TOO_WIDE = 6.0
 """An interval whose ends differ by more than this factor says nothing."""
 Slo = tuple[float | None, float | None]
@@ -45,6 +45,10 @@ _LARGER = {
     "sequences": ("sequences in one step", "a higher --rate, or longer answers"),
     "context_tokens": ("tokens of context in one step", "a higher --rate, or longer prompts and answers"),
 }
+
+
+class NoRoomError(UserError):
+    """A request can never run, whatever is measured."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def predict(
                 break
             drawn.append(draw(day))
     except UserError as error:
-        return Prediction(layout=layout, load=load, refusal=str(error))
+        return Prediction(layout=layout, load=load, refusal=str(error), measurable=not isinstance(error, NoRoomError))
     refusal = unfit(calibration, layout, demands(0)) if speeds is None else None
     prediction = prediction_of(calibration, layout, load, drawn, usual, refusal)
     if prediction.refusal and not anyway:
@@ -139,14 +143,14 @@ def draw_of(
 ) -> Draw:
     """Several trials' figures together; power and energy where they were calibrated. Decode's pauses are `pauses` times as long as calibrated.
 
-    Raises UserError where a request can never run.
+    Raises NoRoomError where a request can never run.
     """
     ttft_s, e2e_s, tbt_s, gap_s, gap_count, timed_out = (
         np.concatenate([getattr(result, name) for result in results])
         for name in ("ttft_s", "e2e_s", "mean_tbt_s", "gap_s", "gap_count", "timed_out")
     )
     if np.isnan(e2e_s).any():
-        raise UserError("a request does not fit into the KV cache: serve with a smaller model length, or more memory")
+        raise NoRoomError("a request does not fit into the KV cache: serve with a smaller model length, or more memory")
     figures = {f"ttft_{name}_ms": 1e3 * float(np.quantile(ttft_s, share)) for name, share in _SHARES.items()}
     instances = [instance for result in results for instance in result.instances]
     roles = dict.fromkeys(instance.role for instance in instances)
@@ -285,7 +289,7 @@ def _reason(
         return larger or f"{span}: the runs do not show what decides it; measure spread lengths and more trials", True
     if ended_pct > failures.LIMIT_PCT:  # clients give up, and servers drop what the simulation goes on with
         ended = f"{ended_pct:.0f} % of the requests would be ended by --request-timeout-s"
-        return f"{ended}: give a lower load, or a longer limit", True
+        return f"{ended}: give a lower load, or a longer limit", False
     return None, True
 
 

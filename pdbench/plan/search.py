@@ -15,6 +15,7 @@ from pdbench.plan.engine import Demand, Kind, Layout
 from pdbench.plan.predict import (
     Day,
     Draw,
+    NoRoomError,
     Slo,
     days_of,
     draw_of,
@@ -160,13 +161,14 @@ def search(
         smallest = sized(calibration, smallest)
         if smallest.size > most:
             continue
+        measurable = True
         try:
             refusal = unfit(calibration, smallest, [trials.demand(0)])
             trials.once(smallest)
         except UserError as error:
-            refusal = str(error)
+            refusal, measurable = str(error), not isinstance(error, NoRoomError)
         if refusal is not None:
-            refused.append(Prediction(layout=smallest, load=load, refusal=refusal))
+            refused.append(Prediction(layout=smallest, load=load, refusal=refusal, measurable=measurable))
             continue
         usual = fewest(smallest.kind, most, trials.may_keep) or [trials.closest(smallest.kind, most)]
         cheapest = min(usual, key=usual_cost)

@@ -28,7 +28,7 @@ VERDICTS: dict[str | None, tuple[str, str, str]] = {
     None: ("", GREY, "o"),
 }
 """Of a deployment: its words, its colour and its point."""
-REMEDY = "What was refused is measured by `{0}`"
+REMEDY = "What no run shows is measured by `{0}`"
 SECONDS = {"way_in": ("Way in", "send"), "decode": ("Decode's steps", "decode_step")}
 """Parts of a request's time that are no phase of a run: their words, and the phase whose colour they have."""
 

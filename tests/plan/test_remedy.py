@@ -13,6 +13,7 @@ from pdbench.plan.engine import Box, Role
 from pdbench.plan.predict import PREEMPTED, predict
 from pdbench.plan.records import Calibration, Prediction, RoleCalibration
 from pdbench.plan.remedy import command_for
+from pdbench.plan.search import search
 from pdbench.report import plan as report
 from tests.plan.test_predict import calibration, role
 
@@ -56,6 +57,22 @@ def test_no_command_is_given_that_would_not_help() -> None:
     assert command_for(calibration(), [refused("1p1d")], LOAD) is None, "nobody knows how the servers were started"
     table = report.predictions([refused("1p1d")], on_gpus=True, remedy=command_for(found, [refused("1p1d")], LOAD))
     assert "measured by `pdbench calibrate" in table.note
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "kv_cache_tokens", "words"), [(1.0, None, "timeout-s"), (600.0, 1024, "KV cache")]
+)
+def test_what_no_measurement_changes_has_no_command(timeout_s: float, kv_cache_tokens: int | None, words: str) -> None:
+    made = wide().roles["single"]
+    limits = msgspec.structs.replace(made.engine.limits, kv_cache_tokens=kv_cache_tokens)
+    engine = msgspec.structs.replace(made.engine, limits=limits)
+    found = calibration(roles={"single": msgspec.structs.replace(made, engine=engine)}, command=COMMAND)
+    load = LoadConfig(rate=1.0, requests=40, input_tokens=1500, output_tokens=400, request_timeout_s=timeout_s)
+    answer = predict(found, parse_layout("single"), lambda draw: [demand_of_load(load, draw)], "", draws=4)
+    assert words in (answer.refusal or "") and not answer.saturated
+    (searched,) = search(found, lambda draw: demand_of_load(load, draw), "", slo=(500.0, None), most_gpus=1).candidates
+    for refused_one in (answer, searched):
+        assert refused_one.refusal == answer.refusal and command_for(found, [refused_one], load) is None
 
 
 def wide(sequences: int = 64, sure: float = 0.05) -> Calibration:
