@@ -131,6 +131,8 @@ def search(of: Search, *, on_gpus: bool, remedy: str | None = None) -> Table:
             lines.append(_("{0}: refused: {1}", each.layout.name, _(each.refusal)))
         elif each.verdict == "met":
             verdict = _("cheapest") if not place else _("tie") if each.layout.name in of.ties else verdict
+        if each.saturated:
+            verdict = _(", ").join((verdict, _("queue grows")))
         # A refused one's figures are a guess: only the picture shows where it would be.
         known = {} if each.refusal else each.figures
         figures = (_with_interval(known.get(name)) for name in SEARCHED)

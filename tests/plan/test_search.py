@@ -98,6 +98,16 @@ def test_deployments_beyond_the_calibration_are_refused_and_not_chosen() -> None
     assert "TTFT" in panel.title
 
 
+def test_row_says_where_the_queue_grows() -> None:
+    result = found(60.0, most=2)[0]
+    rows = {row[0]: row[2] for row in report.search(result, on_gpus=True).rows}
+    growing = {each.layout.name: each.verdict for each in result.candidates if each.saturated}
+    assert growing and len(growing) < len(rows)
+    assert {name for name, words in rows.items() if "queue grows" in str(words)} == {*growing}
+    name, verdict = growing.popitem()
+    assert rows[name] == f"{verdict}, queue grows"
+
+
 def test_many_small_decode_instances_are_found() -> None:
     result = found(100.0, sequences=4, most=80)[0]
     best = {each.layout.kind: each for each in reversed(result.candidates) if each.verdict == "met"}
