@@ -22,10 +22,12 @@ import numpy as np
 from pdbench.errors import UserError
 from pdbench.plan.calibration import calibrate, check_suitable
 from pdbench.plan.check import check
+from pdbench.plan.predict import DRAWS
 from pdbench.plan.records import Check
 from pdbench.planning import counting_run
 from pdbench.records import Run
 from pdbench.report import mpl
+from pdbench.report import plan as report
 from pdbench.report.chart_types import BLUE, GREY, MUTED, Axis, Chart, Panel, Series
 from pdbench.report.tables import Table, Value, markdown
 
@@ -34,8 +36,6 @@ GOALS_PCT = {
     "ttft_p50_ms": 10, "ttft_p99_ms": 20, "tbt_p50_ms": 5, "tbt_p99_ms": 5, "e2e_p50_ms": 7, "e2e_p99_ms": 7, "j_per_output_token": 5,
 }  # fmt: skip
 """Largest error that issue 18 asks for, by figure."""
-FOLLOW = ("mean_tbt_p50_ms", "slo_met_pct", "j_per_good_request")
-"""Figures that follow from the others, and are not counted beside them."""
 NAMES = ["TTFT p50", "TTFT p99", "TBT p50", "TBT p99", "E2E p50", "E2E p99", "J per token"]
 
 
@@ -134,11 +134,9 @@ def checks_of(each: Set, draws: int) -> list[Check]:
 
 
 def compared(of: Check) -> Iterator[tuple[str, float, bool]]:
-    """Figure, error as a share of the measured one, is it in its interval?"""
-    for name, figure in of.predicted.figures.items():
-        measured = of.measured.get(name)
-        if measured and name not in FOLLOW:
-            yield name, figure.value / measured - 1, figure.low <= measured <= figure.high
+    """Figure, error as a share of the measured one, is it in its interval? Those that `--check` counts."""
+    for name, (figure, measured, _own) in report.compared(of, without=report.FOLLOW).items():
+        yield name, figure.value / measured - 1 if measured else np.nan, report.is_inside(figure, measured)
 
 
 def inside(checks: Sequence[Check]) -> str:
@@ -250,7 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--set", default="", help="only the sets whose name contains this")
-    parser.add_argument("--draws", type=int, default=40)
+    parser.add_argument("--draws", type=int, default=DRAWS)
     parser.add_argument("--keep", type=Path, help="folder of answers: sets that are there are not made again")
     options = parser.parse_args()
     out, found, begin_s = options.out.absolute(), dict[str, list[Check]](), time.process_time()

@@ -1,6 +1,6 @@
 """What `pdbench plan` found: calibrations, predictions, checks and searches as tables and charts."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,8 @@ FIGURES = (
     *LATENCIES, "mean_tbt_p50_ms", "output_tokens_per_s", "goodput_requests_per_s", "slo_met_pct", "mean_power_w", "prefill_power_w",
     "decode_power_w", "j_per_output_token", "j_per_good_request",
 )  # fmt: skip
+FOLLOW = ("mean_tbt_p50_ms", "slo_met_pct", "j_per_good_request")
+"""Figures that follow from the others: a check has a row of each, and counts none beside them."""
 SEARCHED = ("slo_met_pct", "ttft_p99_ms", "tbt_p99_ms", "j_per_output_token")
 OVERVIEW = ("ttft_p50_ms", "ttft_p99_ms", "tbt_p50_ms", "tbt_p99_ms", "e2e_p50_ms", "e2e_p99_ms", "j_per_output_token")
 VERDICTS: dict[str | None, tuple[str, str, str]] = {
@@ -165,17 +167,17 @@ def _with_interval(figure: Figure | None) -> Value:
     return None if figure is None else _bounded(figure.value, figure.low, figure.high)
 
 
-def _is_inside(figure: Figure, measured: float) -> bool:
+def is_inside(figure: Figure, measured: float) -> bool:
     return figure.low <= measured <= figure.high
 
 
-def _compared(of: Check) -> dict[str, tuple[Figure, float, Figure | None]]:
-    """Figure -> as predicted, as measured, as predicted at the run's own speed; without the throughput, which is the load's."""
+def compared(of: Check, without: Collection[str] = ()) -> dict[str, tuple[Figure, float, Figure | None]]:
+    """Figure -> as predicted, as measured, as predicted at the run's own speed."""
     own = of.at_own_speed.figures if of.at_own_speed else {}
     return {
         name: (of.predicted.figures[name], of.measured[name], own.get(name))
         for name in FIGURES
-        if name in of.measured and name in of.predicted.figures and name != "output_tokens_per_s"
+        if name in of.measured and name in of.predicted.figures and name not in without
     }
 
 
@@ -183,8 +185,8 @@ def check(of: Check) -> Table:
     """Predicted beside measured. The error is predicted over measured - 1; a value outside its interval is marked."""
     rows: list[list[Value]] = []
     styles = []
-    for name, (figure, measured, own) in _compared(of).items():
-        inside = _is_inside(figure, measured)
+    for name, (figure, measured, own) in compared(of).items():
+        inside = is_inside(figure, measured)
         low, high = of.trials.get(name, (measured, measured))
         words = _bounded(measured, low, high) if low < high else text.number(measured)
         errors = error(figure, measured), error(own, measured)
@@ -213,17 +215,18 @@ def overview(of: Sequence[Check]) -> Table:
     """Several checks, two rows each: how far off from arrivals alone, and at the run's own speed."""
     rows: list[list[Value]] = []
     for each, name in zip(of, _apart(of), strict=True):
-        compared = _compared(each)
-        inside = sum(_is_inside(figure, measured) for figure, measured, _own in compared.values())
-        known = [compared.get(name, (None, 0.0, None)) for name in OVERVIEW]
-        verdict = _("{0} of {1}", inside, len(compared))
+        counted = compared(each, without=FOLLOW)
+        inside = sum(is_inside(figure, measured) for figure, measured, _own in counted.values())
+        known = [counted.get(name, (None, 0.0, None)) for name in OVERVIEW]
+        verdict = _("{0} of {1}", inside, len(counted))
         verdict = f"{verdict} ({_('refused')})" if each.predicted.refusal else verdict
         rows.append([name, verdict, *(error(figure, measured) for figure, measured, _own in known)])
         if each.at_own_speed:
             rows.append([_("at its own speed"), "", *(error(own, measured) for _figure, measured, own in known)])
     header = ["", _("in the interval"), *(text.label(name) for name in OVERVIEW)]
     lines = [
-        _("Errors of the prediction from arrivals alone, and with the speed of the run's own prefill steps known.")
+        _("Errors of the prediction from arrivals alone, and with the speed of the run's own prefill steps known."),
+        _("Not counted, as they follow from the others: {0}.", _(", ").join(map(text.title, FOLLOW))),
     ]
     calibrating = [each.path for each in of if not each.held_out]
     if calibrating:

@@ -2,6 +2,7 @@
 
 import io
 
+import msgspec
 import numpy as np
 import pytest
 from rich.console import Console
@@ -13,6 +14,7 @@ from pdbench.plan.records import Check, Figure, Prediction
 from pdbench.plan.steps import Part, Stream, visits_of
 from pdbench.records import Clock, Run
 from pdbench.report import plan as report
+from pdbench.report import text
 from pdbench.report.tables import Terminal
 from tests.plan.test_predict import calibration
 
@@ -69,6 +71,17 @@ def test_table_of_several_checks_names_them_in_a_narrow_terminal() -> None:
     Console(file=written, width=80).print(Terminal(table))
     rows = [line.split()[0] for line in written.getvalue().splitlines() if "7 of 7" in line]
     assert rows == ["rate=8.0,", "rate=16.0,"], "no name is broken within a word"
+
+
+def test_tokens_per_s_are_compared_and_what_follows_from_others_is_not_counted() -> None:
+    made = checked("replicas_results", "replicas:2")
+    names = ("output_tokens_per_s", *report.FOLLOW)
+    figures = made.predicted.figures | dict.fromkeys(names, Figure(51.0, 40.0, 70.0))
+    predicted = msgspec.structs.replace(made.predicted, figures=figures)
+    made = msgspec.structs.replace(made, predicted=predicted, measured=dict.fromkeys(figures, 50.0))
+    assert {text.label(name) for name in figures} == {row[0] for row in report.check(made).rows}
+    assert report.overview([made]).rows[0][1] == "8 of 8"
+    assert "Mean TBT p50" in report.overview([made]).note
 
 
 @pytest.mark.parametrize(("trials", "words"), [((50.0,), "50.0"), ((45.0, 55.0), "50.0 (45.0-55.0)")])
