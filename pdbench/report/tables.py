@@ -38,9 +38,9 @@ ENERGY = (
     "energy_delay_js", "goodput_per_w", "kv_gb", "kv_returned_gb", "kv_j", "price_per_million_output_tokens",
     "gco2_per_million_output_tokens",
 )  # fmt: skip
-NUMBER, RANGE = re.compile(r"[(+−÷×±]*\d"), re.compile(r"(\([−+]?\d[\d.,]*[-–])(?=\d)")
-FOLDED = 8
-"""Letters of a word that a narrow terminal shows in one line at least."""
+WHOLE, RANGE = re.compile(r"[(+−÷×±]*\d|replicas:"), re.compile(r"(\([−+]?\d[\d.,]*[-–])(?=\d)")
+FOLDED, LEAST_FOLDED = 8, 6
+"""Letters of a word that a narrow terminal shows in one line at least, and where that is too wide with intervals on two lines."""
 MERGED_PCT = 5.0
 """Above this share of gaps of 0 ms, p50 of TBT looks better and p99 worse than the engine made them."""
 REQUEST_COLUMNS = (
@@ -91,7 +91,8 @@ class Terminal:
         widths = [None] * len(columns) if fits else _widths(columns, options.max_width - 2 * len(columns))
         if widths is None:  # an interval goes on after its dash
             columns = [[RANGE.sub(r"\1\n", cell) for cell in column] for column in columns]
-            widths = _widths(columns, options.max_width - 2 * len(columns)) or [None] * len(columns)
+            room = options.max_width - 2 * len(columns)
+            widths = _widths(columns, room) or _widths(columns, room, LEAST_FOLDED) or [None] * len(columns)
         shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1) if fits else (0, 1, 0, 0))
         for place, ((name, *_cells), width) in enumerate(zip(columns, widths, strict=True)):
             side: Literal["left", "right"] = "left" if place in table.left else "right"
@@ -105,12 +106,12 @@ class Terminal:
             yield Text(table.note, style="dim")
 
 
-def _widths(columns: Sequence[Sequence[str]], room: int) -> list[int] | None:
-    """Widths of columns that fill `room` with no word broken, else with no number broken; None where not even that fits."""
+def _widths(columns: Sequence[Sequence[str]], room: int, folded: int = FOLDED) -> list[int] | None:
+    """Widths of columns that fill `room` with no word broken, else with no number and no deployment's name broken; None where not even that fits."""
     widths = [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in columns]
     for breaks_words in (False, True):
         words = [[word for cell in column for word in cell.split()] for column in columns]
-        kept = [[word if not breaks_words or NUMBER.match(word) else word[:FOLDED] for word in each] for each in words]
+        kept = [[word if not breaks_words or WHOLE.match(word) else word[:folded] for word in each] for each in words]
         least = [max(map(cell_len, each), default=1) for each in kept]
         if sum(least) <= room:
             while sum(widths) > room:

@@ -234,3 +234,15 @@ def test_wide_terminal_shows_a_wide_table_in_single_lines():
     console = Console(width=60, file=io.StringIO())
     console.print(tables.Terminal(table))
     assert "a long title of a column" in console.file.getvalue() and "0.505 (0.504-0.506)" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 72, 80, 100])
+def test_name_of_a_deployment_is_never_broken_over_lines(width):
+    cells = ["100 (100.0-100)", "106 (77.8-166)", "36.3 (28.7-51.9)", "0.401 (0.365-0.442)"]
+    header = ["", "GPUs", "", "Requests within the SLO, %", "TTFT p99, ms", "TBT p99, ms", "Energy per output token, J"]
+    rows = [["replicas:7", 7, "cheapest", *cells], ["3p3d", 6, "not decided", *cells]]
+    console = Console(width=width, file=io.StringIO())
+    console.print(tables.Terminal(tables.Table(title="Search", header=header, rows=rows)))
+    written = console.file.getvalue()
+    assert "replicas:7" in written and max(map(len, written.splitlines())) <= width
+    assert all(number in written for cell in cells for number in re.findall(r"\d[\d.]*", cell))
