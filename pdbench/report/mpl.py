@@ -148,7 +148,7 @@ def comparison(runs: text.Runs, comparisons: Sequence[Comparison]) -> Figure:
     distributions, speed, power and energy."""
     ratios, height = ((1.25, 1.2, 0.95), 14) if comparisons else ((1.25, 1.0), 10.5)
     figure = Figure(figsize=(16, height))
-    edges = {"left": LEFT, "right": RIGHT, "top": 1 - 1.38 / height, "bottom": 0.055}
+    edges = {"left": LEFT, "right": RIGHT, "top": 1 - 1.5 / height, "bottom": 0.055}
     rows = figure.add_gridspec(len(ratios), 12, hspace=0.32, wspace=1.0, height_ratios=ratios, **edges)
     _heading(figure, text.against([*runs]), runs)
     if comparisons:
@@ -209,7 +209,8 @@ def _heading(figure: Figure, title: str, runs: text.Runs) -> None:
     if found:
         words = _("warnings: {0}", "; ".join(found))
         row = rows[1] if len(load) + len(words) < 190 else rows[3]
-        figure.text(y=row, s=words, fontsize=11, color=BAD, fontweight="bold", **at_right)
+        size = min(11.0, 11.0 * 175 / len(words))  # 175 letters fill the width
+        figure.text(y=row, s=words, fontsize=size, color=BAD, fontweight="bold", **at_right)
 
 
 def draw_panel(axis: Axes, panel: Panel, legend: str = "inside", x_labels: bool = True, title_x: float = 0.0) -> None:
