@@ -109,7 +109,7 @@ def predictions(of: Sequence[Prediction], *, on_gpus: bool, remedy: str | None =
         name = each.layout.name
         if each.refusal:
             lines.append(_("{0}: refused: {1}", name, _(each.refusal)))
-        if each.saturated and "their queue grows" not in (each.refusal or ""):
+        elif each.saturated:
             words = "{0}: the queue grows: it cannot keep up, and its times depend on how long the load lasts"
             lines.append(_(words, name))
     lines += [_(REMEDY, remedy)] if remedy else []
