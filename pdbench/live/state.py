@@ -1,5 +1,5 @@
 """What a viewer knows: messages go in, every second adds a point to each curve. Figures are those of analysis.metrics, over the
-last ten seconds."""
+last ten seconds; joules per token are an estimate, from power in place of energy counters."""
 
 import time
 from collections import Counter, deque

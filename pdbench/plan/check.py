@@ -93,7 +93,7 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
         measured=measured,
         trials=of_trials,
         seconds_ms=seconds.parts_of_run(run, {*requests}),
-        distributions_ms=seconds.distributions_of_requests([*requests.values()]),
+        distributions_ms=seconds.distributions_of_requests([*requests.values()], run.config.get("load") or {}),
         predicted=blind,
         at_own_speed=known if blind.figures and all(speeds.values()) else None,
     )

@@ -1,10 +1,12 @@
 """Where requests' time goes, predicted and measured: the parts of the mean request, which add up to its E2E, and how long all took; in ms."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from pdbench.analysis.arrivals import Array
+from pdbench.analysis.metrics import quantiles, timings_of_requests
 from pdbench.plan.simulate import Simulated, weighted_quantiles
 from pdbench.records import RequestRecord, Run
 
@@ -61,13 +63,11 @@ def distributions_of_simulated(
     return _in_ms(np.quantile(ttft_s, SHARES), tbt_s, np.quantile(e2e_s, SHARES))
 
 
-def distributions_of_requests(requests: Sequence[RequestRecord]) -> dict[str, list[float]]:
-    """Of measured requests, every one answered."""
-    sent_s = np.array([request.sent_s for request in requests], dtype=float)
-    first_s, last_s = (np.array([request.token_s[place] for request in requests]) for place in (0, -1))
-    gaps_s = np.concatenate([np.diff(request.token_s) for request in requests])
-    tbt_s = np.quantile(gaps_s, SHARES) if len(gaps_s) else np.empty(0)
-    return _in_ms(np.quantile(first_s - sent_s, SHARES), tbt_s, np.quantile(last_s - sent_s, SHARES))
+def distributions_of_requests(requests: Sequence[RequestRecord], load: dict[str, Any]) -> dict[str, list[float]]:
+    """Of measured requests, every one answered; `load` is their LoadConfig's, as a run saves it."""
+    measured = timings_of_requests([*requests], load).latencies
+    rising = {name: measured[name].rising for name in ("ttft", "tbt", "e2e")}
+    return {name: quantiles(values, np.array(SHARES)).tolist() for name, values in rising.items() if len(values)}
 
 
 def _in_ms(ttft_s: Array, tbt_s: Array, e2e_s: Array) -> dict[str, list[float]]:
