@@ -174,7 +174,7 @@ def chart(described: Chart, width: float, height: float) -> Figure:
     columns = min(len(described.panels), 2)
     rows = -(-len(described.panels) // columns)
     edges = {"left": LEFT, "right": 0.975, "top": 1 - 1.2 / height, "bottom": max(0.06, 0.55 / height)}
-    grid = figure.add_gridspec(rows, columns, hspace=0.14 * rows, wspace=0.22, **edges)
+    grid = figure.add_gridspec(rows, columns, hspace=0.28, wspace=0.22, **edges)
     figure.text(LEFT, 1 - 0.3 / height, described.title, fontsize=17, fontweight="bold", color=INK, va="top")
     figure.text(LEFT, 1 - 0.62 / height, fill(described.caption, 11 * int(width)), fontsize=10, color=MUTED, va="top")
     for place, panel in enumerate(described.panels):
