@@ -9,7 +9,7 @@ import numpy as np
 from pdbench.plan.records import Calibration, Check, Figure, Prediction, RoleCalibration, Search
 from pdbench.plan.seconds import PARTS
 from pdbench.report import text
-from pdbench.report.chart_types import BAD, GOOD, GREY, MUTED, ORANGE, SHADES, Axis, Chart, Panel, Series, shades
+from pdbench.report.chart_types import BAD, GOOD, GREY, MUTED, ORANGE, SHADES, SPARE, Axis, Chart, Panel, Series, shades
 from pdbench.report.tables import Table, Value
 from pdbench.report.text import translate as _
 
@@ -214,7 +214,7 @@ def check(of: Check) -> Table:
 def overview(of: Sequence[Check]) -> Table:
     """Several checks, two rows each: how far off from arrivals alone, and at the run's own speed."""
     rows: list[list[Value]] = []
-    for each, name in zip(of, _apart(of), strict=True):
+    for each, name in zip(of, apart(of), strict=True):
         counted = compared(each, without=FOLLOW)
         inside = sum(is_inside(figure, measured) for figure, measured, _own in counted.values())
         known = [counted.get(name, (None, 0.0, None)) for name in OVERVIEW]
@@ -234,8 +234,11 @@ def overview(of: Sequence[Check]) -> Table:
     return Table(title=_("Checks"), header=header, rows=rows, note="\n\n".join(lines))
 
 
-def _apart(checks: Sequence[Check]) -> list[str]:
-    """What tells the runs from each other, in words that fit into a narrow column: their deployments, and the folders that not all of them are in."""
+def apart(checks: Sequence[Check]) -> list[str]:
+    """What tells the runs from each other, in words that fit into a narrow column: their deployments, and the folders that not all of them are in.
+    A single one has its whole path."""
+    if len(checks) == 1:
+        return [f"{checks[0].path}, {checks[0].predicted.layout.name}"]
     parts = [Path(each.path).parts for each in checks]
     shared = next((place for place, names in enumerate(zip(*parts, strict=False)) if len({*names}) > 1), 0)
     named = []
@@ -250,18 +253,25 @@ def error(figure: Figure | None, measured: float) -> Value:
 
 
 def checks_chart(of: Sequence[Check]) -> Chart:
-    """Every latency of every check with its interval, and at the run's own speed, against the measured one: exact on the diagonal."""
-    names = [f"{each.predicted.layout.name}: {each.path}" for each in of]
+    """Every latency of every check with its interval, and at the run's own speed, against the measured one: exact on the diagonal.
+    More checks than there are colours are told apart by their deployments only."""
+    names = apart(of) if len(of) <= len(SPARE) else [each.predicted.layout.name for each in of]
+    distinct = [*dict.fromkeys(names)]
     panels = []
     for title, at_own_speed in ((_("From its arrivals alone"), False), (_("At its own speed"), True)):
         drawn: list[Series] = []
         values: list[float] = []
-        for each, name, shade in zip(of, names, shades(names), strict=True):
-            prediction = each.at_own_speed if at_own_speed else each.predicted
-            if prediction is None or not prediction.figures:
+        for name, shade in zip(distinct, shades(distinct), strict=True):
+            pairs = [
+                (each.measured[metric], prediction.figures[metric])
+                for each, own in zip(of, names, strict=True)
+                if own == name and (prediction := each.at_own_speed if at_own_speed else each.predicted)
+                for metric in LATENCIES
+                if metric in each.measured and metric in prediction.figures
+            ]
+            if not pairs:
                 continue
-            known = [metric for metric in LATENCIES if metric in each.measured]
-            measured, figures = [each.measured[m] for m in known], [prediction.figures[m] for m in known]
+            measured, figures = [value for value, _figure in pairs], [figure for _value, figure in pairs]
             predicted = [figure.value for figure in figures]
             drawn.append(interval_bars(measured, figures, shade))
             drawn.append(Series(kind="points", name=name, x=measured, y=predicted, shade=shade, size=6))
@@ -285,11 +295,10 @@ def seconds_chart(checks: Sequence[Check], predictions: Sequence[Prediction]) ->
     """The mean request's seconds, stacked: a panel per check, with what was measured where its servers told, and one of all predictions."""
     bars = {each.layout.name: each.seconds_ms for each in predictions}
     panels = [_parts("", bars)] if bars else []
-    for check in checks:
+    for check, name in zip(checks, apart(checks), strict=True):
         own = check.at_own_speed.seconds_ms if check.at_own_speed else {}
         of_check = {_("measured"): check.seconds_ms, _("predicted"): check.predicted.seconds_ms, _("own speed"): own}
-        name = check.predicted.layout.name
-        panels.append(_parts(f"{name}: {check.path}", of_check))
+        panels.append(_parts(name, of_check))
     panels = [panel for panel in panels if panel.series]
     caption = _("From sending to the last token. Compute: steps with the prompt, until its token is handed out.")
     if any(check.seconds_ms for check in checks):

@@ -2,11 +2,42 @@
 
 import io
 
+import pytest
 from rich.console import Console
 
+from pdbench.plan.engine import Layout
+from pdbench.plan.records import Check, Figure, Prediction
 from pdbench.report import plan as report
+from pdbench.report.chart_types import SPARE
 from pdbench.report.tables import Terminal, markdown
 from tests.plan.test_predict import calibration, predicted, role
+
+SPLIT, REPLICAS = Layout("disaggregated", {"prefill": 1, "decode": 1}), Layout("replicas", {"replica": 2})
+
+
+def checked(folder: str, layout: Layout) -> Check:
+    figures = {"ttft_p50_ms": Figure(50.0, 40.0, 70.0)}
+    predicted = Prediction(layout=layout, load="", figures=figures, seconds_ms={"compute": 50.0})
+    path = f"/runs/held-out/{folder}/{layout.kind}_results"
+    measured = {"ttft_p50_ms": 48.0}
+    return Check(
+        path=path, held_out=True, differs=[], measured=measured, trials={}, seconds_ms={}, predicted=predicted, at_own_speed=predicted
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("loads", "names"),
+    [(["rate-4", "bursts"], ["rate-4, 1p1d", "rate-4, replicas:2", "bursts, 1p1d", "bursts, replicas:2"]), ("abcdefgh", ["1p1d", "replicas:2"])],
+)  # fmt: skip
+def test_checks_have_short_names_and_a_colour_each_or_one_per_deployment(loads: list[str], names: list[str]) -> None:
+    checks = [checked(load, layout) for load in loads for layout in (SPLIT, REPLICAS)]
+    for panel in report.checks_chart(checks).panels:
+        points = [series for series in panel.series if series.kind == "points"]
+        assert [series.name for series in points] == names
+        assert [series.shade for series in points] == [*SPARE[: len(names)]]
+        assert sum(len(series.x) for series in points) == len(checks)
+    titles = [panel.title for panel in report.seconds_chart(checks, []).panels]
+    assert titles[:2] == [f"{loads[0]}, 1p1d", f"{loads[0]}, replicas:2"]
 
 
 def test_refusals_stand_below_their_load_each_in_a_paragraph() -> None:
