@@ -96,10 +96,12 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
         """The GPU's time for so many prompt tokens, without noise."""
         return self.gpu_prefill_s + self.gpu_per_prompt_token_s * tokens.astype(np.float64)
 
-    def prompt_step_s(self, tokens: IntArray, captured: int) -> Array:
-        """How long a step of one prompt alone takes, without noise: as long as its launch or its computation, whichever is longer."""
-        computed_s = self.before_gpu_s + self.gpu_prompt_s(tokens)
-        return np.maximum(self.host_prompt_s(tokens, tokens > captured, alike=True), computed_s)
+    def prompt_step_s(self, tokens: IntArray, captured: int, streams: int = 0) -> Array:
+        """How long a step of one prompt takes, alone or beside so many running streams (without their context), without noise: as long as its
+        launch or its computation, whichever is longer."""
+        computed_s = self.before_gpu_s + self.gpu_step_s(np.array(streams)) + self.gpu_prompt_s(tokens)
+        alike = (tokens <= SHORT_PROMPT) | (streams == 0)
+        return np.maximum(self.host_prompt_s(tokens, tokens + streams > captured, alike), computed_s)
 
     def by_gpu(self, tokens: IntArray, captured: int) -> BoolArray:
         """Does the GPU take longer for a step of one prompt alone than its launch does?"""

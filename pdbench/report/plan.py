@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pdbench.plan.engine import SHORT_PROMPT
 from pdbench.plan.records import Calibration, Check, Figure, Prediction, RoleCalibration, Search
 from pdbench.plan.seconds import PARTS
 from pdbench.report import text
@@ -55,9 +56,10 @@ def calibration(found: Calibration) -> Table:
     roles = found.roles
     computing = [name for name, role in roles.items() if role.computes]  # decode computes no prompts
     decoding = [name for name in roles if name != "prefill"]
+    beside = [name for name in computing if name in decoding]
     described: list[tuple[str, Iterable[str], Callable[[RoleCalibration], Value]]] = [
-        (_("a prompt's step, host, ms"), computing, ms("host_prefill_s")),
-        (_("of one kind of attention kernels, host, ms"), computing, alike_ms),
+        (_("a prompt's step alone, host, ms"), computing, alike_ms),
+        (_("and of over {0} tokens beside a running stream, host, ms", SHORT_PROMPT), beside, ms("host_prefill_s")),
         (_("a step beyond the CUDA graphs, host, ms"), computing, ms("host_eager_s")),
         (_("and per 1,000 prompt tokens, host, ms"), computing, per_thousand("host_per_prompt_token_s")),
         (_("before the GPU begins with a prompt, ms"), computing, ms("before_gpu_s")),

@@ -1,6 +1,6 @@
 """Curves of `pdbench plan`: calibrated steps, and how long the requests of checked runs took."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -26,7 +26,10 @@ def distributions_chart(checks: Sequence[Check]) -> Chart:
     if len(known) > MOST_CHECKS:
         known = []
     panels = [
-        _curves(each, name, of) for each, of in known for name in ("ttft", "tbt", "e2e") if name in each.distributions_ms
+        _curves(each, name, of)
+        for each, of in known
+        for name in ("ttft", "tbt", "e2e")
+        if name in each.distributions_ms
     ]
     caption = _("Shares of the requests, of TBT of the gaps between tokens. Predicted: from arrivals alone.")
     caption += " " + _("Bars are 90 % intervals of p50, p90 and p99.")
@@ -58,30 +61,30 @@ def _curves(check: Check, name: str, of: str) -> Panel:
 
 
 def steps_chart(found: Calibration) -> Chart:
-    """GPU time of decode steps against their sequences, and a prompt's step against its tokens, with what the runs reached shaded."""
+    """GPU time of decode steps against their sequences, and a prompt's step, alone and beside a running stream, against its tokens, with what
+    the runs reached shaded."""
     panels = []
     for name, role in found.roles.items():
         costs, box = role.engine.costs, role.engine.box
         if name != "prefill":
             context = box.context_tokens / max(box.sequences, 1)
             n = np.arange(1, 2 * box.sequences + 1)
-
-            decode_s = partial(_decode_s, costs, context)
             sizes = Axis(label=_("sequences in the step"), low=0, integer=True)
-            panels.append(
-                _reached(_("{0}: a decode step", _(name)), n, decode_s, box.sequences, sizes, role.decode_ratios)
-            )
+            title = _("{0}: a decode step, {1} tokens of context each", _(name), f"{context:,.0f}")
+            lines = {"": partial(_decode_s, costs, context)}
+            panels.append(_reached(title, n, lines, box.sequences, sizes, role.decode_ratios))
         if role.computes:
             p = np.arange(1, 2 * box.prompt_tokens, max(1, box.prompt_tokens // 200))
-            prompt_s = partial(costs.prompt_step_s, captured=role.engine.limits.captured)
+            step_s = partial(costs.prompt_step_s, captured=role.engine.limits.captured)
             tokens = Axis(label=_("prompt tokens in the step"), low=0)
-            panels.append(
-                _reached(
-                    _("{0}: a step with prompts", _(name)), p, prompt_s, box.prompt_tokens, tokens, role.prompt_ratios
-                )
-            )
+            lines = {_("alone"): step_s}
+            if name != "prefill":  # most steps that were measured are such
+                lines[_("beside a running stream")] = partial(step_s, streams=1)
+            title = _("{0}: a prompt's step", _(name))
+            panels.append(_reached(title, p, lines, box.prompt_tokens, tokens, role.prompt_ratios))
     caption = _("What one step takes. Shaded: what the runs reached; beyond it a prediction is refused.")
-    caption += " " + _("Points: as far from the line as the median of the measured steps.")
+    words = "Points: as far from the line (beside a running stream, where there are two) as the median of the measured steps."
+    caption += " " + _(words)
     return Chart(key="steps", title=_("Calibrated steps"), panels=panels, caption=caption)
 
 
@@ -93,14 +96,18 @@ def _decode_s(costs: Costs, context: float, n: Array | IntArray) -> Array:
 def _reached(
     title: str,
     x: IntArray,
-    step_s: Callable[[IntArray], Array],
+    lines: Mapping[str, Callable[[IntArray], Array]],
     reached: float,
     axis: Axis,
     ratios: Sequence[tuple[float, float]],
 ) -> Panel:
-    took_s, high = step_s(x), 1.1e3 * float(step_s(x).max())
+    """`lines` by their names; the measured steps' `ratios` are to the last one."""
+    high = 1.1e3 * max(float(step_s(x).max()) for step_s in lines.values())
     at, ratio = np.array([*ratios]).reshape(-1, 2).T
-    points = Series(kind="points", x=at.tolist(), y=(1e3 * ratio * step_s(at)).tolist(), shade=INK)
+    points = Series(kind="points", x=at.tolist(), y=(1e3 * ratio * [*lines.values()][-1](at)).tolist(), shade=INK)
     shaded = Series(kind="area", x=[0, reached], y=[high, high], shade=FAINT, opacity=0.6)
-    line = Series(x=x.tolist(), y=(1e3 * took_s).tolist(), shade=SHADES["decode"], width=2)
-    return Panel(title=title, series=[shaded, line, points], x=axis, y=Axis(label="ms", low=0, high=high))
+    drawn = [
+        Series(name=name, x=x.tolist(), y=(1e3 * step_s(x)).tolist(), shade=shade, width=2)
+        for (name, step_s), shade in zip(lines.items(), (SHADES["decode"], SHADES["prefill"]), strict=False)
+    ]
+    return Panel(title=title, series=[shaded, *drawn, points], x=axis, y=Axis(label="ms", low=0, high=high))

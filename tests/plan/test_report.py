@@ -9,6 +9,7 @@ from pdbench.plan.engine import Layout
 from pdbench.plan.records import Check, Figure, Prediction
 from pdbench.report import plan as report
 from pdbench.report.chart_types import SPARE
+from pdbench.report.plan_curves import steps_chart
 from pdbench.report.tables import Terminal, markdown
 from tests.plan.test_predict import calibration, predicted, role
 
@@ -38,6 +39,22 @@ def test_checks_have_short_names_and_a_colour_each_or_one_per_deployment(loads: 
         assert sum(len(series.x) for series in points) == len(checks)
     titles = [panel.title for panel in report.seconds_chart(checks, []).panels]
     assert titles[:2] == [f"{loads[0]}, 1p1d", f"{loads[0]}, replicas:2"]
+
+
+def test_steps_have_the_same_names_and_values_in_table_and_picture() -> None:
+    found = calibration(roles={"single": role(alike_launch=0.5), "prefill": role()})
+    single, prefill = (panel for panel in steps_chart(found).panels if "a prompt's step" in panel.title)
+    lines = {series.name: dict(zip(series.x, series.y, strict=True)) for series in single.series if series.name}
+    rows = {row[0]: row[1:] for row in report.calibration(found).rows}
+    alone, beside = lines["alone"], lines["beside a running stream"]
+    long, per_token = 521, 1e3 * role().engine.costs.host_per_prompt_token_s
+    assert rows["a prompt's step alone, host, ms"][0] == pytest.approx(alone[long] - long * per_token)
+    assert rows["and of over 512 tokens beside a running stream, host, ms"][0] == pytest.approx(
+        beside[long] - long * per_token
+    )
+    assert beside[501] == alone[501], "one kind of attention kernels computes both"
+    assert rows["and of over 512 tokens beside a running stream, host, ms"][1] is None
+    assert [series.name for series in prefill.series if series.name] == ["alone"]
 
 
 def test_refusals_stand_below_their_load_each_in_a_paragraph() -> None:
