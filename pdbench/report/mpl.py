@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findSystemFonts, fontManager
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullLocator
+from rich.cells import cell_len
 from rich.console import Console
 
 from pdbench.analysis.compare import Comparison
@@ -169,20 +170,24 @@ def comparison(runs: text.Runs, comparisons: Sequence[Comparison]) -> Figure:
 
 
 def chart(described: Chart, width: float, height: float) -> Figure:
-    """A chart alone: its panels in two columns, the last across both if their number is odd; title and caption above."""
+    """A chart alone: its panels in two columns, the last across both if their number is odd; title and caption above. Chinese characters are
+    twice as wide as others."""
+    words = described.caption or " "
+    caption = fill(words, 11 * int(width) * len(words) // cell_len(words))
     figure = Figure(figsize=(width, height))
     columns = min(len(described.panels), 2)
     rows = -(-len(described.panels) // columns)
-    edges = {"left": LEFT, "right": 0.975, "top": 1 - 1.2 / height, "bottom": max(0.06, 0.55 / height)}
+    top = 1 - (1.2 + 0.17 * caption.count("\n")) / height
+    edges = {"left": LEFT, "right": 0.975, "top": top, "bottom": max(0.06, 0.55 / height)}
     grid = figure.add_gridspec(rows, columns, hspace=0.28, wspace=0.22, **edges)
     figure.text(LEFT, 1 - 0.3 / height, described.title, fontsize=17, fontweight="bold", color=INK, va="top")
-    figure.text(LEFT, 1 - 0.62 / height, fill(described.caption, 11 * int(width)), fontsize=10, color=MUTED, va="top")
+    figure.text(LEFT, 1 - 0.62 / height, caption, fontsize=10, color=MUTED, va="top")
     for place, panel in enumerate(described.panels):
         row, column = divmod(place, columns)
         alone = column == 0 and place == len(described.panels) - 1
         axis = figure.add_subplot(grid[row, :] if alone else grid[row, column])
         if panel.y.names:
-            box, inches = axis.get_position(), 0.075 * max(map(len, panel.y.names)) - 0.6
+            box, inches = axis.get_position(), 0.075 * max(map(cell_len, panel.y.names)) - 0.6
             axis.set_position((box.x0 + inches / width, box.y0, box.width - inches / width, box.height))
         draw_panel(axis, panel)
     return figure

@@ -254,3 +254,14 @@ def test_names_of_predicted_deployments_are_not_cut_off():
     for axes in figure.axes:
         assert [label.get_text() for label in axes.texts] == ["1p1d", "replicas:6"]
         assert all(label.get_window_extent().x1 < axes.get_window_extent().x1 for label in axes.texts)
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_long_caption_stands_above_the_panels_and_wide_names_have_room():
+    bars = [Series(kind="hbar", x=[1.0], y=["自身速度自身"])]
+    panel = Panel(title="a panel", series=bars, y=Axis(names=["自身速度自身"]))
+    described = Chart(key="", title="t", panels=[panel], caption="some words of a caption that is long " * 9)
+    figure = drawn(mpl.chart, described, 14, 7.4)
+    [axis], [_title, caption] = figure.axes, figure.texts
+    assert caption.get_window_extent().y0 > axis.title.get_window_extent().y1
+    assert axis.get_position().x0 * 14 > 2 * 0.075 * len(panel.y.names[0])
