@@ -32,6 +32,7 @@ VERDICTS: dict[str | None, tuple[str, str, str]] = {
 }
 """Of a deployment: its words, its colour and its point."""
 REMEDY = "What no run shows is measured by `{0}`"
+BEST = "Predicted at the costs' best estimate; tables have the median of the draws."
 SECONDS = {"way_in": ("Way in", "send"), "decode": ("Decode's steps", "decode_step")}
 """Parts of a request's time that are no phase of a run: their words, and the phase whose colour they have."""
 
@@ -303,6 +304,7 @@ def seconds_chart(checks: Sequence[Check], predictions: Sequence[Prediction]) ->
         panels.append(_parts(name, of_check))
     panels = [panel for panel in panels if panel.series]
     caption = _("From sending to the last token. Compute: steps with the prompt, until its token is handed out.")
+    caption += " " + _(BEST)
     if any(check.seconds_ms for check in checks):
         caption += " " + _("Compare way in and queue together: measured, the queue begins at the API server.")
     if not all(check.seconds_ms for check in checks):

@@ -11,7 +11,7 @@ from pdbench.plan.engine import Costs
 from pdbench.plan.records import Calibration, Check
 from pdbench.plan.seconds import SHARES
 from pdbench.report.chart_types import FAINT, INK, SHADES, Axis, Chart, Panel, Series
-from pdbench.report.plan import apart, interval_bars
+from pdbench.report.plan import BEST, apart, interval_bars
 from pdbench.report.text import translate as _
 
 MOST_CHECKS = 4
@@ -32,6 +32,7 @@ def distributions_chart(checks: Sequence[Check]) -> Chart:
         if name in each.distributions_ms
     ]
     caption = _("Shares of the requests, of TBT of the gaps between tokens. Predicted: from arrivals alone.")
+    caption += " " + _(BEST)
     caption += " " + _("Bars are 90 % intervals of p50, p90 and p99.")
     return Chart(key="distributions", title=_("Measured and predicted distributions"), panels=panels, caption=caption)
 

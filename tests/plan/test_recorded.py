@@ -129,6 +129,7 @@ def test_measured_seconds_are_those_of_the_measured_requests(tmp_path: Path) -> 
     assert sum(answer.seconds_ms.values()) == pytest.approx(sum(e2e_ms) / len(e2e_ms))
     chart = distributions_chart([answer])
     assert [panel.title.partition(":")[0] for panel in chart.panels] == ["TTFT", "TBT", "E2E"]
+    assert "the costs' best estimate" in chart.caption
     assert not distributions_chart([answer] * 5).panels
     for panel, name in zip(chart.panels, ("ttft", "tbt", "e2e"), strict=True):
         bars, *curves = panel.series

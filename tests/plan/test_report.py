@@ -38,6 +38,7 @@ def test_checks_have_short_names_and_a_colour_each_or_one_per_deployment(loads: 
         assert [series.shade for series in points] == [*SPARE[: len(names)]]
         assert sum(len(series.x) for series in points) == len(checks)
     titles = [panel.title for panel in report.seconds_chart(checks, []).panels]
+    assert "the costs' best estimate" in report.seconds_chart(checks, []).caption
     assert titles[:2] == [f"{loads[0]}, 1p1d", f"{loads[0]}, replicas:2"]
 
 
