@@ -243,8 +243,8 @@ def test_load_line_says_what_is_sent_and_what_the_servers_take(tmp_path: Path, g
         experiment.run(("single",), ONE, options, tmp_path, console, SmallSite(measured), {})
     lines = [line for line in printed.getvalue().splitlines() if line.startswith("  load: ")]
     assert lines == [
-        "  load: 8 at a time, 16 requests, after a warm-up of 8, nonce ab",
-        "  load: 16 at a time, 16 requests, after a warm-up of 16, nonce ab; "
+        "  load: 8 at a time, 16 requests, at most 64 tokens out, after a warm-up of 8, nonce ab",
+        "  load: 16 at a time, 16 requests, at most 64 tokens out, after a warm-up of 16, nonce ab; "
         "the servers work on 8 at once (--max-num-seqs), the others wait in their queue",
     ]
 

@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Iterable, Iterator
 
+from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 
 
@@ -47,6 +48,19 @@ def changing(phases: Iterable[tuple[float, float, float]], seed: int | str) -> I
             yield begin_s + 2 * left / (first + math.sqrt(first**2 + 2 * slope * left))
             unit = next(units)
         begin_s, summed = begin_s + length_s, summed + expected
+
+
+def describe(config: LoadConfig) -> list[str]:
+    """The rate or the stages of a load's options, and the distribution of the arrivals."""
+    if config.stages:
+        rate = f"stages {config.stages} (requests/s:s)"
+    elif config.ramp_to:
+        rate = f"{config.rate:g} to {config.ramp_to:g} requests/s over {config.ramp_s:g} s"
+    else:
+        rate = f"{config.rate:g} requests/s"
+    kind = "poisson" if config.stages or config.ramp_to else config.arrival
+    name = {"gamma": f"gamma arrivals of burstiness {config.burstiness:g}", "constant": "constant arrivals"}
+    return [rate, name.get(kind, "Poisson arrivals")]
 
 
 def read_stages(text: str) -> list[tuple[float, float, float]]:

@@ -116,14 +116,12 @@ def resolved(config: LoadConfig) -> LoadConfig:
 
 
 def describe(config: LoadConfig) -> str:
-    """A resolved load in one line: arrivals, end, warm-up and nonce."""
+    """A resolved load in one line: arrivals, end, lengths, warm-up and nonce."""
     file_words = describe_files(config)
     if config.trace:
         words = ["; ".join(file_words) or f"trace {Path(config.trace).name}"]
-    elif config.stages:
-        words = [f"stages {config.stages} (requests/s:s)"]
-    elif config.rate:
-        words = [f"{config.rate:g}{f' to {config.ramp_to:g}' if config.ramp_to else ''} requests/s"]
+    elif config.open_loop:
+        words = arrivals.describe(config)
     else:
         words = [f"{config.concurrency or 1} at a time"]
     if config.open_loop and config.concurrency:
@@ -137,6 +135,7 @@ def describe(config: LoadConfig) -> str:
         words.append("to its end" if limit is None else f"{limit:,} requests")
     if config.prompt_file and file_words:
         words.append("; ".join(file_words))
+    words += prompts.describe_lengths(config)
     return ", ".join([*words, f"after a warm-up of {warmup_size(config)}, nonce {config.nonce}"])
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.load.input_files import InputFile, blank, in_line, short
-from pdbench.load.request_fields import Prompt
+from pdbench.load.request_fields import Prompt, ignores_eos
 from pdbench.load.tokenizer import Tokenizer
 
 _QUESTIONS = 16
@@ -192,6 +192,28 @@ def length(mean: int, distribution: str, spread: float, seed: str) -> int:
         return max(1, round(mean * (1 - spread + 2 * spread * uniform)))
     normal = NormalDist().inv_cdf(min(max(uniform, 1e-12), 1 - 1e-12))
     return max(1, round(mean * math.exp(spread * normal - spread**2 / 2)))
+
+
+def describe_lengths(config: LoadConfig) -> list[str]:
+    """The lengths that a load's options set, and what prompts share; those of a trace or file only as they are cut."""
+    inputs = None if config.trace or config.prompt_file else config.input_tokens
+    outputs = None if config.trace or config.reply_lengths else config.output_tokens
+    sides = [
+        ("in", inputs, config.input_distribution, config.input_spread, config.max_input_tokens),
+        ("out", outputs, config.output_distribution, config.output_spread, config.max_output_tokens),
+    ]
+    if config.phase == "prefill":
+        sides[1] = "out", 1, "fixed", 0.0, None
+    words = []
+    for way, tokens, distribution, spread, most in sides:
+        bound = "at most " if way == "out" and not ignores_eos(config) else ""
+        shape = "" if distribution == "fixed" else f" ({distribution} with spread {spread:g})"
+        words += [f"{bound}{tokens:,} token{'s' if tokens > 1 else ''} {way}{shape}"] if tokens else []
+        words += [f"at most {most:,} tokens {way}"] if most else []
+    if config.shared_prefix:
+        groups = f" in {config.prefix_groups:,} groups" if config.prefix_groups > 1 else ""
+        words.append(f"{100 * config.shared_prefix:g} % of each prompt shared{groups}")
+    return words
 
 
 @functools.lru_cache(maxsize=4096)

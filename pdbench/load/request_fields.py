@@ -50,6 +50,12 @@ def _no_json(word: str) -> None:
     raise ValueError(f"{word} is no JSON")
 
 
+def ignores_eos(config: LoadConfig) -> bool:
+    """Are answers as long as was asked, even past the model's end? By default where the options set lengths."""
+    sets_lengths = bool(config.input_tokens or config.trace or config.phase != "both")
+    return sets_lengths if config.ignore_eos is None else config.ignore_eos
+
+
 def request_body(
     config: LoadConfig,
     model: str,
@@ -71,8 +77,7 @@ def request_body(
     }
     if config.token_ids:
         body["return_token_ids"] = True
-    sets_lengths = bool(config.input_tokens or config.trace or config.phase != "both")
-    if sets_lengths if config.ignore_eos is None else config.ignore_eos:
+    if ignores_eos(config):
         body["ignore_eos"] = True
     for name in refused:
         body.pop(name, None)

@@ -337,4 +337,4 @@ def test_prefill_phase_generates_one_token_and_decode_phase_needs_one_batch() ->
 
 def test_prompt_file_of_another_node_is_left_out_of_the_description() -> None:
     words = plan.describe(LoadConfig(prompt_file="/only/on/another/node.jsonl", requests=8, nonce="n"))
-    assert words == "1 at a time, 8 requests, after a warm-up of 2, nonce n"
+    assert words == "1 at a time, 8 requests, at most 64 tokens out, after a warm-up of 2, nonce n"

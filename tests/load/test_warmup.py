@@ -102,11 +102,11 @@ def test_warm_up_size(options: dict, size: int) -> None:
 def test_resolved_load_says_what_will_be_done() -> None:
     closed = plan.resolved(LoadConfig(concurrency=16, nonce="ab"))
     assert (closed.warmup, closed.requests) == (16, 16)
-    assert plan.describe(closed) == "16 at a time, 16 requests, after a warm-up of 16, nonce ab"
+    assert plan.describe(closed) == "16 at a time, 16 requests, at most 64 tokens out, after a warm-up of 16, nonce ab"
     assert plan.resolved(closed) == closed
     ramp = plan.resolved(LoadConfig(rate=1.0, ramp_to=4.0, concurrency=3, nonce="ab"))
     assert ramp.requests is None
     assert plan.describe(ramp) == (
-        "1 to 4 requests/s, at most 3 at a time, to its end, after a warm-up of 3, nonce ab"
+        "1 to 4 requests/s over 60 s, Poisson arrivals, at most 3 at a time, to its end, at most 64 tokens out, after a warm-up of 3, nonce ab"
     )  # fmt: skip
     assert len(str(plan.resolved(LoadConfig()).nonce)) == 8

@@ -131,12 +131,41 @@ def test_calibration_says_in_chinese_what_is_assumed_and_what_is_missing():
 @pytest.mark.parametrize(
     ("load", "english", "chinese"),
     [
-        ({"rate": 12.0, "requests": 1000}, "12 requests/s, 1,000 requests", "每秒 12 个请求，1,000 个请求"),
-        ({"concurrency": 4, "requests": 20}, "4 at a time, 20 requests", "同时 4 个，20 个请求"),
         (
-            {"rate": 2.0, "ramp_to": 4.0, "duration_s": 30.0},
-            "2 to 4 requests/s, for 30 s",
-            "每秒 2 至 4 个请求，持续 30 秒",
+            {"rate": 12.0, "requests": 1000, "input_tokens": 2048},
+            "12 requests/s, Poisson arrivals, 1,000 requests, 2,048 tokens in, 64 tokens out",
+            "每秒 12 个请求，泊松到达，1,000 个请求，输入 2,048 token，输出 64 token",
+        ),
+        (
+            {"concurrency": 4, "requests": 20, "phase": "prefill", "input_tokens": 500, "shared_prefix": 0.5},
+            "4 at a time, 20 requests, 500 tokens in, 1 token out, 50 % of each prompt shared",
+            "同时 4 个，20 个请求，输入 500 token，输出 1 token，每个提示词的 50 % 共享",
+        ),
+        (
+            {
+                "rate": 2.0,
+                "ramp_to": 4.0,
+                "duration_s": 30.0,
+                "input_tokens": 300,
+                "input_distribution": "lognormal",
+                "max_input_tokens": 2000,
+            },
+            "2 to 4 requests/s over 60 s, Poisson arrivals, for 30 s, 300 tokens in (lognormal with spread 0.5), at most 2,000 tokens in, 64 tokens out",
+            "在 60 秒内由每秒 2 增至 4 个请求，泊松到达，持续 30 秒，输入 300 token（对数正态，离散度 0.5），输入至多 2,000 token，输出 64 token",
+        ),
+        (
+            {
+                "rate": 3.0,
+                "arrival": "gamma",
+                "burstiness": 0.2,
+                "requests": 9,
+                "input_tokens": 300,
+                "output_distribution": "uniform",
+                "shared_prefix": 0.25,
+                "prefix_groups": 4,
+            },
+            "3 requests/s, gamma arrivals of burstiness 0.2, 9 requests, 300 tokens in, 64 tokens out (uniform with spread 0.5), 25 % of each prompt shared in 4 groups",
+            "每秒 3 个请求，突发度为 0.2 的 gamma 到达，9 个请求，输入 300 token，输出 64 token（均匀，离散度 0.5），每个提示词的 25 % 在 4 组内各自共享",
         ),
     ],
 )
