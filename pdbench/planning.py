@@ -22,7 +22,7 @@ from pdbench.plan.records import Calibration, Prediction
 from pdbench.plan.remedy import command_for
 from pdbench.plan.search import search
 from pdbench.records import Run, load_run
-from pdbench.report import mpl, tables
+from pdbench.report import mpl, tables, text
 from pdbench.report import plan as report
 from pdbench.report.plan_curves import distributions_chart, steps_chart
 from pdbench.report.search_files import check_no_measured_search
@@ -72,7 +72,8 @@ def plan(
     if wanted or most_gpus is not None:
         load = with_requests(load, least_s=0.0 if most_gpus is None else SEARCHED_S)
         demand_of_load(load, 0)
-        words = loads.describe(loads.resolved(load)).partition(", after a warm-up")[0]
+        limits = [f"SLO {name} {limit:g} ms" for name, limit in text.slo(vars(load)).items()]
+        words = ", ".join([loads.describe(loads.resolved(load)).partition(", after a warm-up")[0], *limits])
     shown: list[tables.Table] = []
 
     files: dict[str, bytes] = {}  # written at the end, so that no folder holds half of an answer

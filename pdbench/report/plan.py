@@ -1,7 +1,6 @@
 """What `pdbench plan` found: calibrations, predictions, checks and searches as tables and charts."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +31,7 @@ VERDICTS: dict[str | None, tuple[str, str, str]] = {
 }
 """Of a deployment: its words, its colour and its point."""
 REMEDY = "What no run shows is measured by `{0}`"
+GREEN = "Green: 99 % of the requests within the SLO; red: fewer; orange: the interval does not decide."
 BEST = "Predicted at the costs' best estimate; tables have the median of the draws."
 SECONDS = {"way_in": ("Way in", "send"), "decode": ("Decode's steps", "decode_step")}
 """Parts of a request's time that are no phase of a run: their words, and the phase whose colour they have."""
@@ -153,13 +153,8 @@ def search(of: Search, *, on_gpus: bool, remedy: str | None = None) -> Table:
     lines.append(_("Met: the whole interval is at 99 % or above; not decided: 99 % lies in it."))
     labels = map(text.label, SEARCHED)
     header = ["", _("GPUs" if on_gpus else "instances"), "", *labels]
-    title = _("Search: 99 % of requests within {0}", _limits(of))
+    title = _("Search: 99 % of requests within the SLO: {0}", _load(of.candidates[0]))
     return Table(title=title, header=header, rows=rows, styles=styles, note="\n\n".join(lines))
-
-
-def _limits(of: Search) -> str:
-    slo = ((_("TTFT"), of.slo_ttft_ms), (_("mean TBT"), of.slo_tbt_ms))
-    return ", ".join(f"{title} {limit:g} ms" for title, limit in slo if limit)
 
 
 def _bounded(value: float, low: float, high: float) -> str:
@@ -304,6 +299,7 @@ def seconds_chart(checks: Sequence[Check], predictions: Sequence[Prediction]) ->
         panels.append(_parts(name, of_check))
     panels = [panel for panel in panels if panel.series]
     caption = _("From sending to the last token. Compute: steps with the prompt, until its token is handed out.")
+    caption = _("Predicted: {0}", _load(predictions[0])) + _(".") + " " + caption if predictions else caption
     caption += " " + _(BEST)
     if any(check.seconds_ms for check in checks):
         caption += " " + _("Compare way in and queue together: measured, the queue begins at the API server.")
@@ -332,21 +328,17 @@ def predictions_chart(of: Sequence[Prediction], *, on_gpus: bool) -> Chart:
     metrics = ("j_per_output_token", "ttft_p99_ms", "tbt_p99_ms", "slo_met_pct")
     panels = [_by_gpus(of, metric, on_gpus=on_gpus) for metric in metrics]
     refused = [each.layout.name for each in of if each.refusal]
-    caption = _("Bars are 90 % intervals.")
-    words = "Green: 99 % of the requests within the SLO; red: fewer; orange: the interval does not decide."
-    caption += " " + _(words) if any(each.verdict in ("met", "not met", "not decided") for each in of) else ""
+    caption = _load(of[0]) + _(".") + " " + _("Bars are 90 % intervals.")
+    caption += " " + _(GREEN) if any(each.verdict in ("met", "not met", "not decided") for each in of) else ""
     caption += " " + _("Refused: {0}.", ", ".join(refused)) if refused else ""
     panels = [panel for panel in panels if panel.series]
-    return Chart(key="deployments", title=_("Predicted: {0}", _load(of[0])), panels=panels, caption=caption)
+    return Chart(key="deployments", title=_("Predicted deployments"), panels=panels, caption=caption)
 
 
 def search_chart(of: Search, *, on_gpus: bool) -> Chart:
     """Joules per token against GPUs: which deployments keep the SLO, which do not, of which nothing is known."""
-    words = [*(_load(each) for each in of.candidates[:1]), _("99 % of requests within {0}", _limits(of))]
-    panel = replace(
-        _by_gpus(of.candidates, "j_per_output_token", on_gpus=on_gpus), title=_("; ").join(filter(None, words))
-    )
-    caption = _("Bars are 90 % intervals.")
+    panel = _by_gpus(of.candidates, "j_per_output_token", on_gpus=on_gpus)
+    caption = _load(of.candidates[0]) + _(".") + " " + _("Bars are 90 % intervals.") + " " + _(GREEN)
     if any(each.refusal and each.figures for each in of.candidates):
         caption += " " + _("Refused: where it would be, at costs that are guessed.")
     return Chart(key="search", title=_("Deployments near the cheapest"), panels=[panel], caption=caption)

@@ -1,12 +1,16 @@
 """Predictions and refusals as tables."""
 
 import io
+from pathlib import Path
 
+import msgspec
 import pytest
 from rich.console import Console
 
+from pdbench.config import LoadConfig
 from pdbench.plan.engine import Layout
-from pdbench.plan.records import Check, Figure, Prediction
+from pdbench.plan.records import Check, Figure, Prediction, Search
+from pdbench.planning import CALIBRATION, plan
 from pdbench.report import plan as report
 from pdbench.report.chart_types import SPARE
 from pdbench.report.plan_curves import steps_chart
@@ -56,6 +60,23 @@ def test_steps_have_the_same_names_and_values_in_table_and_picture() -> None:
     assert beside[501] == alone[501], "one kind of attention kernels computes both"
     assert rows["and of over 512 tokens beside a running stream, host, ms"][1] is None
     assert [series.name for series in prefill.series if series.name] == ["alone"]
+
+
+def test_saved_and_printed_load_says_all_that_was_asked(tmp_path: Path) -> None:
+    (tmp_path / CALIBRATION).write_bytes(msgspec.json.encode(calibration()))
+    load = LoadConfig(rate=2.0, requests=40, input_tokens=1500, slo_ttft_ms=400.0)
+    plan([tmp_path], (), ["single"], load, tmp_path, Console(quiet=True), most_gpus=1)
+    asked = "2 requests/s, Poisson arrivals, 40 requests, 1,500 tokens in, 64 tokens out, SLO TTFT 400 ms"
+    assert {each["load"] for each in msgspec.json.decode((tmp_path / "predictions.json").read_bytes())} == {asked}
+    written = (tmp_path / "plan.md").read_text()
+    assert f"Predicted: {asked}\n" in written and f"Search: 99 % of requests within the SLO: {asked}\n" in written
+    found = msgspec.json.decode((tmp_path / "search.json").read_bytes(), type=Search)
+    charts = [
+        report.search_chart(found, on_gpus=True),
+        report.predictions_chart(found.candidates, on_gpus=True),
+    ]
+    assert all(chart.caption.startswith(f"{asked}. ") for chart in charts)
+    assert f"Predicted: {asked}. " in report.seconds_chart([], found.candidates).caption
 
 
 def test_refusals_stand_below_their_load_each_in_a_paragraph() -> None:

@@ -172,6 +172,12 @@ def test_calibration_says_in_chinese_what_is_assumed_and_what_is_missing():
 def test_predicted_load_is_said_in_both_languages(load, english, chinese):
     words = plan.describe(LoadConfig(**load, nonce="n")).partition(", after a warm-up")[0]
     assert words == english
-    of = Prediction(layout=Layout("single", {"single": 1}), load=words, refusal="no run shows a x engine")
+    of = Prediction(
+        layout=Layout("single", {"single": 1}),
+        load=f"{words}, SLO TTFT 200 ms, SLO mean TBT 8 ms",
+        refusal="no run shows a x engine",
+    )
     with text.language("zh"):
-        assert report.predictions([of], on_gpus=True).title == f"预测：{chinese}"
+        assert (
+            report.predictions([of], on_gpus=True).title == f"预测：{chinese}，SLO：TTFT 200 毫秒，SLO：平均 TBT 8 毫秒"
+        )
