@@ -302,24 +302,26 @@ def _name_points(axis: Axes, lines: Sequence[Series]) -> None:
     points = [tuple(at) for _, x, y in known for at in axis.transData.transform(np.column_stack([x, y]).astype(float))]
     taken = [(x - 3 * pixels, y - 3 * pixels, x + 3 * pixels, y + 3 * pixels) for x, y in points]
     inside = axis.get_window_extent()
-    for series, x, y in known:
-        for label, at, value in zip(series.labels, x, y, strict=False):
-            left, base = axis.transData.transform((float(at), float(value)))
-            width, height, best = 5.6 * len(label) * pixels, 9 * pixels, None
-            for side, up in ((1, 5), (1, -13), (-1, 5), (-1, -13), (1, 16), (-1, 16), (1, -24), (-1, -24)):
-                begin = left + 5 * pixels if side > 0 else left - 5 * pixels - width
-                box = begin, base + up * pixels, begin + width, base + up * pixels + height
-                hidden = sum(
-                    box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
-                    for other in taken
-                ) + 9 * (box[0] < inside.x0 or box[2] > inside.x1)
-                if best is None or hidden < best[0]:
-                    best = hidden, side, up, box
-            assert best is not None
-            _hidden, side, up, box = best
-            taken.append(box)
-            align = "left" if side > 0 else "right"
-            axis.annotate(label, (at, value), xytext=(5 * side, up), ha=align, color=series.shade, **OFFSET)
+    named = [
+        (*axis.transData.transform((float(at), float(value))), at, value, label, series.shade)
+        for series, x, y in known
+        for label, at, value in zip(series.labels, x, y, strict=False)
+    ]
+    for left, base, at, value, label, shade in sorted(named, key=lambda each: -each[1]):  # above a lower one's
+        width, height, best = 5.6 * len(label) * pixels, 9 * pixels, None
+        for side, up in ((1, 5), (1, -13), (-1, 5), (-1, -13), (1, 16), (-1, 16), (1, -24), (-1, -24)):
+            begin = left + 5 * pixels if side > 0 else left - 5 * pixels - width
+            box = begin, base + up * pixels, begin + width, base + up * pixels + height
+            hidden = sum(
+                box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3] for other in taken
+            ) + 9 * (box[0] < inside.x0 or box[2] > inside.x1)
+            if best is None or hidden < best[0]:
+                best = hidden, side, up, box
+        assert best is not None
+        _hidden, side, up, box = best
+        taken.append(box)
+        align = "left" if side > 0 else "right"
+        axis.annotate(label, (at, value), xytext=(5 * side, up), ha=align, color=shade, **OFFSET)
 
 
 def _set_axis(axis: Axes, which: str, described: Axis) -> None:

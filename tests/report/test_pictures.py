@@ -234,6 +234,14 @@ def test_labels_of_points_that_nearly_coincide_do_not_overlap():
         assert all(box.x1 <= axis.get_window_extent().x1 for box in boxes)
 
 
+def test_name_of_the_higher_of_two_points_is_the_higher_one():
+    points = [Series(name=name, x=[8], y=[y], labels=[name], marker="o") for name, y in (("low", 108), ("high", 111))]
+    panel = Panel(title="", series=points, y=Axis(low=0, high=170))
+    (axis,) = drawn(mpl.chart, Chart(key="", title="t", panels=[panel]), 14, 7).axes
+    low, high = (label.get_window_extent() for label in sorted(axis.texts, key=lambda label: label.xy[1]))
+    assert low.y1 <= high.y0
+
+
 @pytest.mark.parametrize(
     ("met", "shade"),
     [((99.5, 83.0, 100.0), ORANGE), ((99.6, 99.2, 100.0), GOOD), ((90.0, 83.0, 98.0), BAD)],
