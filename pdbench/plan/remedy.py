@@ -1,5 +1,6 @@
 """The command that measures what predictions were refused for."""
 
+import math
 import shlex
 from collections.abc import Sequence
 
@@ -15,11 +16,12 @@ BEYOND, BEGINNING = 1.25, 0.1
 """A ramp ends above the rate to be predicted, so that it stays a while in steps as large, and begins at a share of its end."""
 MODEL_LEN = 1024
 """Model lengths are rounded up to a multiple of this."""
+PREFILLS = "--prefill-instances="
 
 
 def command_for(calibration: Calibration, refused: Sequence[Prediction], load: LoadConfig) -> str | None:
     """`pdbench calibrate` as the runs were served, with this load's lengths and a ramp up to what one instance of the refused deployments gets of
-    it. None where no measurement helps, of queues that grow (a ramp's would, too), and of runs that do not say how they were served."""
+    it, with as many prefill instances as that takes. None where no measurement helps, of queues that grow (a ramp's would, too), and of runs that do not say how they were served."""
     layouts = [each.layout for each in refused if each.measurable and not each.saturated]
     if not layouts or not calibration.command:
         return None
@@ -52,6 +54,12 @@ def command_for(calibration: Calibration, refused: Sequence[Prediction], load: L
             min(layout.instances.values()) / (1 if layout.kind == "disaggregated" else replicas) for layout in layouts
         ]
         end = BEYOND * rate / min(shares)
+        prefill = calibration.roles.get("prefill")
+        if prefill and any(layout.kind == "disaggregated" for layout in layouts):
+            # Where prompts end the ramp first, decode never gets its rate.
+            needed = math.ceil(end * float(prefill.engine.costs.gpu_prompt_s(demand.prompt_tokens).mean()))
+            words = [word for word in words if not word.startswith(PREFILLS)] if needed > 1 else words
+            words += [f"{PREFILLS}{needed}"] if needed > 1 else []
         words += [f"--rate={BEGINNING * end:.3g}", f"--ramp-to={end:.3g}"]
     return shlex.join(words)
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from pdbench.config import LoadConfig
@@ -33,6 +34,13 @@ def test_ramp_ends_beyond_what_an_instance_gets(layout: str, ramp_to: str) -> No
     command = command_for(calibration(command=COMMAND), [refused(layout)], LOAD) or ""
     assert command.endswith(f"--ramp-to={ramp_to}")
     assert "--input-tokens=2048 --output-tokens=100 " in command and "--max-model-len=4096" in command
+
+
+def test_ramp_for_decode_has_prefill_instances_that_serve_it() -> None:
+    command = command_for(calibration(command=COMMAND), [refused("4p1d")], LOAD) or ""
+    costs = calibration().roles["prefill"].engine.costs
+    needed = 75 * float(costs.gpu_prompt_s(np.array([2048]))[0])
+    assert 1 < needed < 2 and command.endswith("--prefill-instances=2 --rate=7.5 --ramp-to=75")
 
 
 def test_lengths_are_those_of_the_load() -> None:
