@@ -173,7 +173,7 @@ def run(
     for place, kind in enumerate(kinds):
         now_s = time.monotonic()
         deadline = Deadline(now_s + (until_s - now_s) / (len(kinds) - place))
-        failed: list[str] = []
+        failed: dict[str, list[str]] = {}  # why -> loads
 
         def send(
             options: Options,
@@ -181,7 +181,7 @@ def run(
             name: str,
             kind: DeploymentKind = kind,
             deadline: Deadline = deadline,
-            failed: list[str] = failed,
+            failed: dict[str, list[str]] = failed,
         ) -> list[Path]:
             try:
                 if deadline.left_s <= 0:
@@ -192,7 +192,7 @@ def run(
                     options = replace(options, load=ramp(options.load, out, kind, most_s))
                 return [measure(kind, options, folder, deadline)]
             except UserError as error:
-                failed.append(f"{name}, {folder.name.removeprefix('load=')}: {error}")
+                failed.setdefault(str(error), []).append(folder.name.removeprefix("load="))
                 raise
 
         try:
@@ -204,7 +204,7 @@ def run(
         except UserError as error:
             if not failed or isinstance(error, WriteError):  # nothing was tried, as `out` holds another calibration
                 raise
-        gaps += failed
+        gaps += [f"{kind} ({', '.join(names)}): {why}" for why, names in failed.items()]
     return found, gaps
 
 
