@@ -137,7 +137,7 @@ calibrate() { # then loads of other rates, lengths and bursts, and two replicas,
 one_gpu() { # three ways to use one GPU, Mooncake's gate, the ways with several instances under CUDA's Multi-Process Service
     local sweep="--prefill-gpus 0 --decode-gpus 0 --vary rate=4,8,12 --duration-s 24 $slo" vllm=$graphs
     measure one-gpu 1000 sweep gpu-1p1d-graphs --against single,replicas,disaggregated $sweep
-    measure mooncake 270 run gpu-1p1d-graphs --prefill-gpus 0 --decode-gpus 0 --against disaggregated --connector mooncake --rate 4 --requests 60
+    measure mooncake 270 run gpu-1p1d-graphs --prefill-gpus 0 --decode-gpus 0 --against disaggregated --connector mooncake --rate 4 --requests 60 --pairs 1
     if nvidia-cuda-mps-control -d; then
         measure one-gpu-mps 560 sweep gpu-1p1d-graphs --against disaggregated,replicas $sweep
         echo quit | nvidia-cuda-mps-control
