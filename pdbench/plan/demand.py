@@ -40,6 +40,7 @@ def demand_of_load(config: LoadConfig, trial: int) -> Demand:
         timeout_s=config.request_timeout_s,
         blocks=blocks if any(blocks) else None,
         block_tokens=block_tokens,
+        warm_blocks=_warm_blocks(config),
     )
 
 
@@ -61,14 +62,20 @@ def with_requests(config: LoadConfig, *, least_s: float = 0.0) -> LoadConfig:
     return replace(config, requests=min(max(REQUESTS, round(least_s * (config.rate or 0.0))), 10 * REQUESTS))
 
 
+def _warm_blocks(config: LoadConfig) -> list[tuple[int]]:
+    """The groups of the warm-up's prompts that share a prefix; a trace's blocks are new to the load."""
+    count = plan.warmup_size(config) if config.shared_prefix and not config.trace else 0
+    return [(index % config.prefix_groups,) for index in range(count)]
+
+
 def _lengths(config: LoadConfig, trial: int) -> Iterator[tuple[int, int, int, int, Sequence[Hashable]]]:
     """Endless (prompt tokens, output tokens, prompt tokens that one prefix cache of all has, prompt tokens of a block, blocks that are shared), by
     the seeds of `load.plan`.
 
-    Of a group of prompts that share a prefix all but the first find it cached; blocks of a trace, those that came before.
+    Of a group of prompts that share a prefix all but the first, warm-up included, find it cached; blocks of a trace, those that came before.
     """
     trace = trace_of(config) if config.trace else None
-    seen: set[object] = set()
+    seen: set[object] = {group for groups in _warm_blocks(config) for group in groups}
     for index in count():
         seed = f"{config.seed}/{trial}/{index}"
         if trace is not None:

@@ -228,7 +228,8 @@ class Demand:
     max(t_s, a stream is free), and its times count from there. `timeout_s` is the load's --request-timeout-s (inf: no request was ended by it).
 
     `blocks` are what a request shares with others, in order, `block_tokens` prompt tokens each: those that the instance which computes the prompt
-    knows need no computing, up to the first that it does not. `cached_tokens` then are what one cache of all instances would have.
+    knows need no computing, up to the first that it does not. `cached_tokens` then are what one cache of all instances would have. `warm_blocks` are
+    those of the warm-up's requests, which go to the instances in turn.
     """
 
     t_s: Array
@@ -239,6 +240,7 @@ class Demand:
     timeout_s: float = inf
     blocks: Sequence[Sequence[Hashable]] | None = None
     block_tokens: IntArray | None = None
+    warm_blocks: Sequence[Sequence[Hashable]] = ()
 
     @property
     def is_closed(self) -> bool:

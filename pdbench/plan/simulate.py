@@ -21,7 +21,7 @@ from pdbench.plan.engine import Demand, Deployment, Role, known_first
 from pdbench.plan.instance import Instance
 from pdbench.records import Interval
 
-_ARRIVES, _JOINS, _WAKES = range(3)
+_ARRIVES, _COMES, _JOINS, _WAKES = range(4)
 _BITS = 40
 _GAPS = 1 << 15
 
@@ -52,6 +52,7 @@ class Simulated:
     instances: list[Instance]
     window: Interval
     waited_s: Array
+    is_closed: bool
     timed_out: BoolArray
     output_tokens: IntArray
     events: int
@@ -114,8 +115,9 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
     cached = np.minimum(demand.cached_tokens, demand.prompt_tokens - 1).tolist()
     tokens = Tokens([math.nan] * total, [math.nan] * total)
     layout, handoff = deployment.layout, deployment.handoff
-    ways_in = deployment.way_in_s(demand.prompt_tokens)
-    way_in_s = ways_in.tolist()
+    # The API server of an instance takes prompts in as they come, one after the other.
+    fixed_s = float(deployment.way_in_s(np.zeros(1, np.int64))[0])
+    taking_s = (deployment.way_in_s(demand.prompt_tokens) - fixed_s).tolist()
     split = layout.kind == "disaggregated"
 
     def instances_of(role: Role, sizes: list[int], cached: list[int], outputs: list[int]) -> list[Instance]:
@@ -138,22 +140,24 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
         fronts = backs = Balance(len(front), generator, by_tokens=False)
     instances = front + back
     knows: list[set[Hashable]] | None = None if demand.blocks is None else [set() for _ in front]
+    if knows is not None:
+        for number, blocks in enumerate(demand.warm_blocks):
+            knows[number % len(front)].update(blocks)
     can_run = np.logical_and.reduce([each[0].pool.fits for each in (front, back) if each]).tolist()
 
     sent, ended, decoder = [math.nan] * total, [False] * total, [0] * total
-    computed, ready = [math.nan] * total, [math.nan] * total
+    came, computed, ready = [math.nan] * total, [math.nan] * total, [math.nan] * total
+    chosen, busy_until_s = [0] * total, [0.0] * len(front)
     noise = list(chain.from_iterable(handoff.noise))
     noise_at = generator.randrange(len(noise)) if noise else 0
-    # Instant, what happens, request or instance, version of the instance's wake. Arrivals are beside it, in order of time (a long prompt
-    # may be overtaken on its way in), but for those that wait for a stream.
+    # Instant, what happens, request or instance, version of the instance's wake. Arrivals are beside it, in order of time, but for those that
+    # wait for a stream.
     queue: list[tuple[float, int, int, int]] = []
     place = events = 0
     decoders_begin, arrives_s = len(front), math.inf
     if streams is None:
         sent = due
-        at_s = demand.t_s + ways_in
-        in_order = np.argsort(at_s, kind="stable")
-        due_in, coming = [*at_s[in_order].tolist(), math.inf], in_order.tolist()
+        due_in = [*(demand.t_s + fixed_s).tolist(), math.inf]
         arrives_s = due_in[0]
 
     def send(free_s: float) -> None:
@@ -163,7 +167,7 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
             request, place = place, place + 1
             sent[request] = due[request] if due[request] > free_s else free_s
             if can_run[request]:
-                heappush(queue, (sent[request] + way_in_s[request], _ARRIVES, request, 0))
+                heappush(queue, (sent[request] + fixed_s, _ARRIVES, request, 0))
                 return
 
     for _ in range(streams or 0):
@@ -174,7 +178,7 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
             if what != _WAKES:
                 heappop(queue)
         elif place < total:
-            now_s, what, number = arrives_s, _ARRIVES, coming[place]
+            now_s, what, number = arrives_s, _ARRIVES, place
             place += 1
             arrives_s = due_in[place]
             if not can_run[number]:
@@ -224,8 +228,13 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
             if split:
                 decoder[request] = backs.choose()
                 backs.count(decoder[request], 1, prompts[request])
+            chosen[request] = number
+            came[request] = busy_until_s[number] = max(now_s, busy_until_s[number]) + taking_s[request]
+            if came[request] > now_s:
+                heappush(queue, (came[request], _COMES, request, 0))
+                continue
         else:
-            number = decoders_begin + decoder[request]
+            number = chosen[request] if what == _COMES else decoders_begin + decoder[request]
         instance = instances[number]
         if instance.add(request, now_s):
             instance.version += 1
@@ -239,7 +248,7 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
         mean_tbt_s = np.where(demand.output_tokens > 1, (last_s - first_s) / (demand.output_tokens - 1), np.nan)
     whole_s = np.array([answer_timeout_s(demand.timeout_s, tokens) for tokens in demand.output_tokens.tolist()])
     return Simulated(
-        way_in_s=ways_in,
+        way_in_s=np.array(came) - sent_s,
         sent_s=sent_s,
         ttft_s=first_s - sent_s,
         e2e_s=last_s - sent_s,
@@ -255,6 +264,7 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
         timed_out=(first_s - sent_s > demand.timeout_s) | (last_s - sent_s > whole_s),
         output_tokens=demand.output_tokens,
         waited_s=np.zeros(total) if demand.is_closed else sent_s - demand.t_s,
+        is_closed=demand.is_closed,
         events=events,
     )
 

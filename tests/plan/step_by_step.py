@@ -7,7 +7,6 @@ import itertools
 import math
 import random
 from dataclasses import dataclass, field
-from operator import itemgetter
 
 import numpy as np
 import pytest
@@ -195,12 +194,10 @@ def step_by_step(
 
     columns = zip(demand.prompt_tokens, demand.cached_tokens, demand.output_tokens, strict=True)
     requests = [Request(i, int(p), min(int(c), int(p) - 1), int(o)) for i, (p, c, o) in enumerate(columns)]
-    arrivals = [
-        (float(t_s) + costs.ingress_s + costs.ingress_per_token_s * request.prompt + proxy_s, 0, request)
-        for t_s, request in zip(demand.t_s, requests, strict=True)
-    ]
-    arrivals.sort(key=itemgetter(0))
-    joins: list[tuple[float, int, Request]] = []
+    fixed_s = costs.ingress_s + proxy_s
+    arrivals = [(float(t_s) + fixed_s, 0, request) for t_s, request in zip(demand.t_s, requests, strict=True)]
+    taken_in_s = [0.0] * layout.instances[roles[0]]  # an API server takes prompts in one after the other
+    later: list[tuple[float, int, Request]] = []
     counted: dict[int, proxy.Instance] = {}
     chosen: dict[int, int] = {}
     every = [(role, number, engine) for role in roles for number, engine in enumerate(engines[role])]
@@ -213,14 +210,19 @@ def step_by_step(
         awake = [entry for entry in every if not entry[2].asleep]
         soonest = min(awake, key=lambda entry: entry[2].s, default=None)
         external = min(
-            arrivals[:1] + sorted(joins, key=lambda event: event[:2])[:1], key=lambda event: event[:2], default=None
+            arrivals[:1] + sorted(later, key=lambda event: event[:2])[:1], key=lambda event: event[:2], default=None
         )
         if external is None and soonest is None:
             return [request.token_s for request in requests], [engine for _, _, engine in every]
         if external is not None and (soonest is None or external[0] <= soonest[2].s):
-            now_s, is_join, request = external
-            if is_join:
-                joins.remove(external)
+            now_s, what, request = external
+            if what == 1:
+                later.remove(external)
+                size = Sequence(request, request.prompt, 1 if split else request.output)
+                engines[roles[0]][slots[roles[0]].index(counted[request.number])].add(size, now_s)
+                continue
+            if what == 2:
+                later.remove(external)
                 engines["decode"][chosen[request.number]].add(sequence_at_decode(request), now_s)
                 continue
             arrivals.pop(0)
@@ -229,8 +231,9 @@ def step_by_step(
             assert instance is not None
             table.count(instance, 1, request.prompt)
             counted[request.number] = instance
-            size = Sequence(request, request.prompt, 1 if split else request.output)
-            engines[roles[0]][slots[roles[0]].index(instance)].add(size, now_s)
+            place = slots[roles[0]].index(instance)
+            taken_in_s[place] = max(now_s, taken_in_s[place]) + costs.ingress_per_token_s * request.prompt
+            later.append((taken_in_s[place], 1, request))
             if split:
                 decode = proxy.choose("least-work", "decode", table, b"", set())
                 assert decode is not None
@@ -246,7 +249,7 @@ def step_by_step(
                 table.count(counted[request.number], -1, -request.prompt)
                 if opens_early[request.number]:
                     request.token_s.append(now_s)
-                joins.append((now_s + deployment.handoff.per_token_s * request.prompt, 1, request))
+                later.append((now_s + deployment.handoff.per_token_s * request.prompt, 2, request))
                 continue
             request.token_s.append(now_s)
             if sequence.known == sequence.output:

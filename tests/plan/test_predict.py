@@ -139,13 +139,13 @@ def test_requests_longer_than_the_servers_take_are_refused() -> None:
 
 
 def test_instances_have_prefix_caches_of_their_own() -> None:
-    config = LoadConfig(rate=5.0, requests=400, input_tokens=1600, output_tokens=4, shared_prefix=0.5, prefix_groups=50)
+    config = LoadConfig(rate=5.0, requests=400, input_tokens=1600, shared_prefix=0.5, prefix_groups=50, warmup=10)
     load, made = demand_of_load(config, 0), calibration()
     cached = {
         count: sum(simulate(deployment_of(made, parse_layout(f"replicas:{count}")), load).instances[0].pool.cached)
         for count in (1, 8)
     }
-    assert cached[1] == load.cached_tokens.sum() == 350 * 800
+    assert cached[1] == load.cached_tokens.sum() == (350 + 10) * 800  # the warm-up met ten groups
     assert cached[8] < 0.6 * cached[1]
 
 

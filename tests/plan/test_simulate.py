@@ -75,6 +75,31 @@ def test_every_token_is_that_of_every_step(
         assert_equal(of_kind(kind, own), demand(120, rate), monkeypatch)
 
 
+def test_short_prompt_sent_after_a_long_one_is_taken_in_after_it() -> None:
+    """The API server tokenizes one after the other: 32 prompts at once, as a closed loop begins, stay in order."""
+    costs = Costs(
+        ingress_s=0.004,
+        ingress_per_token_s=2e-6,
+        host_prefill_s=1e-3,
+        gpu_per_prompt_token_s=1e-5,
+        gpu_decode_s={1: 0.003},
+    )
+    prompts = np.array([4000, 100] * 16)
+    load = Demand(
+        t_s=np.zeros(32),
+        prompt_tokens=prompts,
+        output_tokens=np.full(32, 2),
+        cached_tokens=np.zeros(32, int),
+        streams=32,
+    )
+    limits = Limits(max_num_batched_tokens=8192, max_num_seqs=64)
+    of = simulate(
+        Deployment(layout=Layout("single", {"single": 1}), engines={"single": Engine(costs=costs, limits=limits)}), load
+    )
+    assert of.way_in_s == pytest.approx(0.004 + 2e-6 * np.cumsum(prompts))
+    assert (np.diff(of.scheduled_s) >= 0).all()
+
+
 @pytest.mark.parametrize("kind", ["replicas", "3p2d"])
 def test_answers_of_a_queue_of_prompts_come_in_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU is several steps behind the host, so a step's tokens are handed out when the next one is launched."""
