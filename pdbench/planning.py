@@ -143,8 +143,9 @@ def plan(
 
 
 def read_calibration(sources: Sequence[Path], console: Console) -> Calibration:
-    """Of runs' folders, or the one saved in a folder of `pdbench plan`. Raises UserError for what is neither."""
-    if len(sources) == 1 and (saved := sources[0] / CALIBRATION).is_file():
+    """Of runs' folders, or the one saved in a folder of `pdbench plan` (where no run is). Raises UserError for what is neither."""
+    is_run = len(sources) == 1 and any(sources[0].glob("*_results.json"))
+    if len(sources) == 1 and not is_run and (saved := sources[0] / CALIBRATION).is_file():
         try:
             content = read_whole(saved)
             found = msgspec.json.decode(content, type=Calibration)

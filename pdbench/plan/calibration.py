@@ -326,7 +326,7 @@ def _missing(roles: Mapping[Role, RoleCalibration], handoff: Handoff | None, com
     computing = {name: role for name, role in roles.items() if role.computes}
     unsure = [name for name, role in computing.items() if not role.knows_lengths]
     if unsure:
-        wanted.append(f"{', '.join(unsure)}: what a prompt token costs, which lengths that differ show")
+        wanted.append(f"{', '.join(unsure)}: what a prompt token costs, which more prompts of lengths that differ show")
     if not computing:
         wanted.append("what a prompt costs, which prompts show that meet running streams, or an idle prefill instance")
     if handoff is None:

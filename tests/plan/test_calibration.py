@@ -5,6 +5,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from rich.console import Console
 
 from pdbench.cli import app
 from pdbench.errors import UserError
@@ -14,8 +15,9 @@ from pdbench.plan.check import check
 from pdbench.plan.deployment import DAYS, another_speed
 from pdbench.plan.engine import Costs, Engine, Limits, Role
 from pdbench.plan.limits import limits_of
-from pdbench.plan.records import RoleCalibration
+from pdbench.plan.records import Calibration, RoleCalibration
 from pdbench.plan.steps import Stream, parts_of, visits_of
+from pdbench.planning import CALIBRATION, read_calibration
 from pdbench.records import Clock, DeviceRecord, RequestError, RequestRecord, Run, Trial
 from tests.plan.test_fit import HOST, HOST_TOKEN, SIZES, TABLE, engine_run
 
@@ -235,3 +237,11 @@ def test_prefill_itself_says_when_it_took_a_prompt_that_met_it_idle() -> None:
     ]
     tokens, took_s = visits_of(run, streams, ways).ways_in()
     assert (tokens.tolist(), took_s.tolist()) == ([9], [pytest.approx(0.004)])
+
+
+def test_run_counts_before_a_calibration_that_was_saved_beside_it(tmp_path: Path) -> None:
+    (tmp_path / CALIBRATION).write_bytes(msgspec.json.encode(Calibration(sources=[], roles={})))
+    assert read_calibration([tmp_path], Console(quiet=True)).sources == []
+    (tmp_path / "single_results.json").write_text("{}")
+    with pytest.raises(UserError, match="single_results"):
+        read_calibration([tmp_path], Console(quiet=True))
