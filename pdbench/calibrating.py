@@ -18,9 +18,10 @@ from pdbench.config import DeploymentKind, LoadConfig, Options
 from pdbench.errors import UserError, WriteError
 from pdbench.load.generator import Progress
 from pdbench.load.input_files import span
+from pdbench.plan.remedy import FULL_STREAMS
 from pdbench.turns import START_S, TURN_S
 
-FULL_STREAMS, FULL_REQUESTS = 32, 96
+FULL_REQUESTS = 96
 BURST_STREAMS, BURST_REQUESTS = 8, 48
 OTHERS_S = 60.0
 """What the full load and the burst take together, for estimates."""

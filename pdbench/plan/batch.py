@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from operator import itemgetter
 
+import msgspec
 import numpy as np
 
 from pdbench.analysis.arrivals import BoolArray
@@ -13,6 +14,8 @@ from pdbench.plan.engine import Engine, Role
 Sequence = tuple[int, int, int, int]
 """(end, order of admission, request, base): its last token is computed in step end - 1, its context in step k is base + k tokens."""
 
+NEAR_BUDGET = 0.95
+"""Steps with prompts that reached so much of the token budget show what a full one takes."""
 LAST, ONLY, PAUSES = range(3)
 """A token that is handed out: a request's last one, its first and last one here, its last one before a preemption."""
 
@@ -53,6 +56,8 @@ class Pool:
     def __init__(self, engine: Engine, role: Role, sizes: list[int], cached: list[int], outputs: list[int]) -> None:
         costs, limits = engine.costs, engine.limits
         self.engine, self.box, self.role = engine, engine.box, role
+        if engine.box.prompt_tokens > NEAR_BUDGET * engine.limits.max_num_batched_tokens:  # no step can hold many more
+            self.box = msgspec.structs.replace(engine.box, prompt_tokens=engine.limits.max_num_batched_tokens)
         self.sizes, self.cached, self.outputs = sizes, cached, outputs
         self.most = min(limits.max_num_seqs, limits.max_num_batched_tokens)
         replayed = limits.captured or self.most

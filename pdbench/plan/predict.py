@@ -199,6 +199,7 @@ def draw_of(
     third = max(1, len(results[0].ttft_s) // 3)
     taken = [each.ttft_s + each.waited_s + np.nan_to_num(each.joined_s - each.ready_s) for each in results]
     growth = np.mean([took_s[-third:].mean() / took_s[:third].mean() for took_s in taken])
+    growth = 0.0 if results[0].is_closed else growth  # its first requests come at once, and no others until one ends
     is_preempted = any(instance.preemptions for instance in instances)
     timed_out_pct = 100 * float(np.mean(timed_out))
     parts_ms = seconds.parts_of_simulated(results)

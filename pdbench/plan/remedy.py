@@ -16,30 +16,34 @@ BEYOND, BEGINNING = 1.25, 0.1
 """A ramp ends above the rate to be predicted, so that it stays a while in steps as large, and begins at a share of its end."""
 MODEL_LEN = 1024
 """Model lengths are rounded up to a multiple of this."""
+FULL_STREAMS = 32
+"""So many requests at a time are the full load of `pdbench calibrate`."""
 PREFILLS = "--prefill-instances="
 
 
 def command_for(calibration: Calibration, refused: Sequence[Prediction], load: LoadConfig) -> str | None:
     """`pdbench calibrate` as the runs were served, with this load's lengths and a ramp up to what one instance of the refused deployments gets of
-    it, with as many prefill instances as that takes. None where no measurement helps, of queues that grow (a ramp's would, too), and of runs that do not say how they were served."""
+    it, with as many prefill instances as that takes. None where no measurement helps, of queues that grow (a ramp's would, too), of more requests at a time than its full load has, and of runs that do not say how they were served."""
     layouts = [each.layout for each in refused if each.measurable and not each.saturated]
-    if not layouts or not calibration.command:
+    if not layouts or not calibration.command or (not load.open_loop and (load.concurrency or 1) > FULL_STREAMS):
         return None
     demand = demand_of_load(load, 0)
     lengths = {name: getattr(load, name) for name in SENT}
     if load.trace:
         means = {"input_tokens": demand.prompt_tokens.mean(), "output_tokens": demand.output_tokens.mean()}
         lengths |= {name: max(1, round(float(mean))) for name, mean in means.items()}
-    # `calibrate` leaves outputs eight times their mean, or a third of the length, beside the longest prompt.
-    longest = int(demand.prompt_tokens.max())
-    needed = longest + min(8 * (lengths["output_tokens"] or 1), longest // 2) + 16
+    # `calibrate` leaves outputs eight times their mean, or a third of the length, beside the longest prompt; long ones need more to have a spread.
+    longest, mean = int(demand.prompt_tokens.max()), lengths["output_tokens"] or 1
+    needed = longest + min(8 * mean, max(longest // 2, 2 * mean)) + 16
     needed = max(needed, int(np.max(demand.prompt_tokens + demand.output_tokens)))
     model_len = "--max-model-len="
     words = []
     for word in shlex.split(calibration.command):
         if word.startswith(model_len):
-            given = int(word.removeprefix(model_len))
-            words.append(f"{model_len}{max(given, -(-needed // MODEL_LEN) * MODEL_LEN)}")
+            most = max(int(word.removeprefix(model_len)), -(-needed // MODEL_LEN) * MODEL_LEN)
+            words.append(f"{model_len}{most}")
+            if most // 3 < 2 * mean:
+                lengths["max_output_tokens"] = lengths["max_output_tokens"] or 2 * mean
         elif not word.startswith(tuple(map(_option, SENT))):
             words.append(word)
     words += [f"{_option(name)}{value}" for name, value in lengths.items() if value is not None]

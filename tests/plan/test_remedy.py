@@ -48,6 +48,17 @@ def test_lengths_are_those_of_the_load() -> None:
     command = command_for(calibration(command=COMMAND), [refused("1p1d")], long) or ""
     assert "--max-model-len=7168" in command and command.endswith("--input-tokens=6000 --output-tokens=100")
     assert command.count("--input-tokens") == 1 and "--rate" not in command
+    outputs = LoadConfig(rate=2.0, requests=20, input_tokens=2048, output_tokens=5000)
+    command = command_for(calibration(command=COMMAND), [refused("1p1d")], outputs) or ""
+    assert "--max-model-len=12288 " in command and "--max-output-tokens=10000 " in command
+    many = LoadConfig(concurrency=64, requests=200, input_tokens=2048, output_tokens=100)
+    assert command_for(calibration(command=COMMAND), [refused("1p1d")], many) is None, "its full load has 32 at a time"
+
+
+def test_no_queue_grows_in_a_closed_loop() -> None:
+    load = LoadConfig(concurrency=400, requests=200, input_tokens=2048, output_tokens=100)
+    answer = predict(wide(8), parse_layout("single"), lambda draw: [demand_of_load(load, draw)], "", draws=4)
+    assert "than any run" in (answer.refusal or "") and not answer.saturated
 
 
 def test_ramp_of_a_trace_is_of_its_mean_rate(tmp_path: Path) -> None:
@@ -128,3 +139,16 @@ def test_a_queue_in_front_of_decode_grows_too() -> None:
     answer, _ = overloaded(wide(), "4p1d", rate=38, requests=300, output_tokens=200)
     assert answer.saturated and answer.figures["ttft_p50_ms"].high < 100
     assert "the queue grows" in report.predictions([answer], on_gpus=True).note
+
+
+@pytest.mark.parametrize(("reached", "guess"), [(7900, False), (6000, True)])
+def test_box_that_reached_the_token_budget_holds_every_step(reached: int, guess: bool) -> None:
+    """A closed loop begins with steps as large as the budget (8,192 tokens)."""
+    made = role()
+    box = Box(prompt_tokens=reached, sequences=64, context_tokens=400_000)
+    found = calibration(
+        roles={"single": msgspec.structs.replace(made, engine=msgspec.structs.replace(made.engine, box=box))}
+    )
+    load = LoadConfig(concurrency=16, requests=60, input_tokens=2048, output_tokens=8)
+    answer = predict(found, parse_layout("single"), lambda draw: [demand_of_load(load, draw)], "", draws=4)
+    assert ("prompt tokens in one step than any run" in (answer.refusal or "")) == guess
