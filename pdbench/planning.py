@@ -107,6 +107,7 @@ def plan(
         save("checks.json", checks)
         drawn += [partial(report.checks_chart, checks), partial(distributions_chart, checks)]
     slo = load.slo_ttft_ms, load.slo_tbt_ms
+    asked: Sequence[Prediction] = []
     if most_gpus is not None:
         result = search(
             found, lambda draw: demand_of_load(load, draw), words, slo=slo, most_gpus=most_gpus, by_joules=by_joules
@@ -118,6 +119,7 @@ def plan(
         # The best of each kind with all its figures.
         best = {each.layout.kind: each for each in reversed(result.candidates) if not each.refusal}
         predicted += [each for each in result.candidates if each in best.values()]
+        asked = result.candidates
     shown_already = {each.layout.name for each in predicted}
     wanted = [layout for name, layout in {each.name: each for each in wanted}.items() if name not in shown_already]
     predicted += [
@@ -138,7 +140,7 @@ def plan(
             files[f"{chart.key}.png"] = picture
     write_all(out, "plan", files)
     tables.say(console, _("saved in {0}", str(out)))
-    if predicted and most_gpus is None and all(each.refusal for each in predicted):
+    if (asked := [*asked, *predicted]) and all(each.refusal for each in asked):
         raise UserError("no deployment is predicted: the tables say why, and what would help")
 
 

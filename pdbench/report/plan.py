@@ -199,7 +199,7 @@ def check(of: Check) -> Table:
             _("At its own speed: with the speed of its own prefill steps known; what is left is the model's error.")
         )
     if not of.held_out:
-        lines.append(_("This run calibrated the costs: its errors are smaller than another run's."))
+        lines.append(_("This run calibrated the costs: its errors say less than another run's."))
     if of.differs:
         lines.append(_("It differs from the runs that calibrated in: {0}", _(", ").join(map(_, of.differs))))
     if of.predicted.refusal:
@@ -228,7 +228,7 @@ def overview(of: Sequence[Check]) -> Table:
     ]
     calibrating = [each.path for each in of if not each.held_out]
     if calibrating:
-        lines.append(_("Their errors are smaller than another run's, as they calibrated: {0}", ", ".join(calibrating)))
+        lines.append(_("Their errors say less than another run's, as they calibrated: {0}", ", ".join(calibrating)))
     return Table(title=_("Checks"), header=header, rows=rows, note="\n\n".join(lines))
 
 

@@ -1,13 +1,16 @@
 """What a refusal names as its remedy, and the command below refusals."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
+from rich.console import Console
 
 from pdbench.config import LoadConfig
+from pdbench.errors import UserError
 from pdbench.plan.demand import demand_of_load
 from pdbench.plan.deployment import parse_layout
 from pdbench.plan.engine import Box, Role
@@ -15,6 +18,7 @@ from pdbench.plan.predict import PREEMPTED, predict
 from pdbench.plan.records import Calibration, Prediction, RoleCalibration
 from pdbench.plan.remedy import command_for
 from pdbench.plan.search import search
+from pdbench.planning import CALIBRATION, plan
 from pdbench.report import plan as report
 from tests.plan.test_predict import calibration, role
 
@@ -81,7 +85,9 @@ def test_no_command_is_given_that_would_not_help() -> None:
 @pytest.mark.parametrize(
     ("timeout_s", "kv_cache_tokens", "words"), [(1.0, None, "timeout-s"), (600.0, 1024, "KV cache")]
 )
-def test_what_no_measurement_changes_has_no_command(timeout_s: float, kv_cache_tokens: int | None, words: str) -> None:
+def test_what_no_measurement_changes_has_no_command(
+    timeout_s: float, kv_cache_tokens: int | None, words: str, tmp_path: Path
+) -> None:
     made = wide().roles["single"]
     limits = msgspec.structs.replace(made.engine.limits, kv_cache_tokens=kv_cache_tokens)
     engine = msgspec.structs.replace(made.engine, limits=limits)
@@ -92,6 +98,10 @@ def test_what_no_measurement_changes_has_no_command(timeout_s: float, kv_cache_t
     (searched,) = search(found, lambda draw: demand_of_load(load, draw), "", slo=(500.0, None), most_gpus=1).candidates
     for refused_one in (answer, searched):
         assert refused_one.refusal == answer.refusal and command_for(found, [refused_one], load) is None
+    (tmp_path / CALIBRATION).write_bytes(msgspec.json.encode(found))
+    with pytest.raises(UserError, match="no deployment is predicted"):
+        plan([tmp_path], (), [], replace(load, slo_ttft_ms=500.0), tmp_path / "out", Console(quiet=True), most_gpus=1)
+    assert (tmp_path / "out" / "plan.md").exists()
 
 
 def wide(sequences: int = 64, sure: float = 0.05) -> Calibration:
