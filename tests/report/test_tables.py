@@ -215,14 +215,18 @@ def test_module_of_a_superchip_is_a_row_of_its_own():
     assert energy_j == pytest.approx(2 * summary.energy.integral_j)
 
 
+def lines_of_a_wide_table(width: int, cells: list[str], *rows: list) -> list[str]:
+    """What a terminal shows of these rows, `cells` at the end of each."""
+    header = ["", "GPUs", "", "Requests within the SLO, %", "TTFT p99, ms", "TBT p99, ms", "Energy per output token, J"]
+    console = Console(width=width, file=io.StringIO())
+    console.print(tables.Terminal(tables.Table(title="Search", header=header, rows=[[*row, *cells] for row in rows])))
+    return console.file.getvalue().splitlines()
+
+
 @pytest.mark.parametrize("width", [60, 72, 80, 100, 200])
 def test_numbers_of_a_wide_table_are_never_broken_over_lines(width):
     cells = ["99.5 (99.1-99.9)", "1,234 (1,034-12,345)", "12.3 (11.3-13.3)", "0.505 (0.5049-0.5061)"]
-    header = ["", "GPUs", "", "Requests within the SLO, %", "TTFT p99, ms", "TBT p99, ms", "Energy per output token, J"]
-    rows = [["disaggregated:12", 12, "cheapest", *cells], ["6p6d", 12, "not met", *cells]]
-    console = Console(width=width, file=io.StringIO())
-    console.print(tables.Terminal(tables.Table(title="Search", header=header, rows=rows)))
-    lines = console.file.getvalue().splitlines()
+    lines = lines_of_a_wide_table(width, cells, ["disaggregated:12", 12, "cheapest"], ["6p6d", 12, "not met"])
     whole = {number for cell in cells for number in re.findall(r"\d(?:[\d.,]*\d)?", cell)} | {"12", "6", "99"}
     assert max(map(len, lines)) <= width
     assert {number for line in lines for number in re.findall(r"\d(?:[\d.,]*\d)?", line)} <= whole
@@ -239,10 +243,7 @@ def test_wide_terminal_shows_a_wide_table_in_single_lines():
 @pytest.mark.parametrize("width", [60, 72, 80, 100])
 def test_name_of_a_deployment_is_never_broken_over_lines(width):
     cells = ["100 (100.0-100)", "106 (77.8-166)", "36.3 (28.7-51.9)", "0.401 (0.365-0.442)"]
-    header = ["", "GPUs", "", "Requests within the SLO, %", "TTFT p99, ms", "TBT p99, ms", "Energy per output token, J"]
-    rows = [["replicas:7", 7, "cheapest", *cells], ["3p3d", 6, "not decided", *cells]]
-    console = Console(width=width, file=io.StringIO())
-    console.print(tables.Terminal(tables.Table(title="Search", header=header, rows=rows)))
-    written = console.file.getvalue()
-    assert "replicas:7" in written and max(map(len, written.splitlines())) <= width
+    lines = lines_of_a_wide_table(width, cells, ["replicas:7", 7, "cheapest"], ["3p3d", 6, "not decided"])
+    written = "\n".join(lines)
+    assert "replicas:7" in written and max(map(len, lines)) <= width
     assert all(number in written for cell in cells for number in re.findall(r"\d[\d.]*", cell))
