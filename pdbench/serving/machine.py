@@ -133,7 +133,9 @@ def host_facts() -> dict[str, Any]:
             {"index": gpu.index, "name": gpu.name, "memory_mib": gpu.memory_total_mib, "uuid": gpu.uuid} for gpu in gpus
         ],
         "driver": gpus[0].driver if gpus else None,
-        "mps": any(each.info["name"].startswith(nvml.MPS) for each in psutil.process_iter(["name"])) if gpus else None,
+        "mps": any((each.info["name"] or "").startswith(nvml.MPS) for each in psutil.process_iter(["name"]))
+        if gpus
+        else None,
         "gpu_links": {f"{a}-{b}": link for (a, b), link in nvml.links().items()},
     }
 
