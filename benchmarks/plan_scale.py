@@ -24,7 +24,7 @@ from pdbench.plan.calibration import calibrate
 from pdbench.plan.demand import demand_of_load
 from pdbench.plan.deployment import unfit
 from pdbench.plan.engine import Demand, Layout
-from pdbench.plan.predict import GROWTH, PREEMPTED, Day, Draw, days_of, draw_of, larger_steps, usual_day
+from pdbench.plan.predict import GROWTH, Day, Draw, days_of, draw_of, guessed, usual_day
 from pdbench.plan.records import Calibration
 from pdbench.plan.simulate import simulate
 from pdbench.records import load_run
@@ -83,7 +83,7 @@ class Study:
             for option in of_kind:
                 usual = self.draw(usual_day(self.calibration, option.layout), rate / option.parts)
                 refusal = unfit(self.calibration, option.layout, [self.demand(rate / option.parts, 0)])
-                refusal = refusal or (PREEMPTED if usual.preempted else larger_steps(usual.outside))
+                refusal = refusal or guessed(usual)
                 refusal = "its queue grows" if usual.growth > GROWTH else refusal
                 self.tried[kind] += 1
                 if refusal:

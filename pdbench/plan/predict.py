@@ -311,6 +311,11 @@ def _figure(name: str, values: Sequence[float]) -> Figure:
     return Figure(value, low, high)
 
 
+def guessed(draw: Draw) -> str | None:
+    """Why this simulation is a guess, whatever the others say."""
+    return PREEMPTED if draw.preempted else larger_steps(draw.outside)
+
+
 def larger_steps(shares: Mapping[str, float]) -> str | None:
     """Why the simulated steps are a guess."""
     worst = max(shares, key=lambda name: shares[name], default=None)

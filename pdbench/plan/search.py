@@ -19,8 +19,8 @@ from pdbench.plan.predict import (
     Slo,
     days_of,
     draw_of,
+    guessed,
     interval_of,
-    larger_steps,
     prediction_of,
     usual_day,
 )
@@ -53,8 +53,7 @@ class Trials:
     def may_keep(self, layout: Layout) -> bool:
         """Does it keep the SLO at the costs' best estimate?"""
         draw = self.once(layout)
-        is_guess = draw.preempted or larger_steps(draw.outside) is not None
-        return draw.figures["slo_met_pct"] >= ATTAIN_PCT and not is_guess
+        return draw.figures["slo_met_pct"] >= ATTAIN_PCT and not guessed(draw)
 
     def slowest_first(self, layout: Layout) -> Iterator[tuple[int, Draw]]:
         """(number, draw) of each day."""
