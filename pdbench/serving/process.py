@@ -115,5 +115,5 @@ class ServerProcess(Child):
             exit_code=code,
             engine_died=self.watch.engine_died,
             cause=cause_of_death(self._log, code) if dead else None,
-            log_tail="\n".join(log.splitlines()[-_TAIL_LINES:]),
+            log_tail="" if healthy else "\n".join(log.splitlines()[-_TAIL_LINES:]) or "(its log is empty)",
         )

@@ -125,12 +125,21 @@ def test_server_that_dies_at_start_is_reported_with_cause_and_log(config: ServeC
 def test_server_that_is_never_healthy_is_ended_after_the_timeout(config: ServeConfig) -> None:
     site = scripted(single_0="echo loading; exec sleep 7004")
     deployment = site.deployment("single", dataclasses.replace(config, start_timeout_s=1.0))
+    deployment.begin()
+    log = Path(config.log_dir) / "single-0.log"
+    wait_until(lambda: log.exists() and "loading" in log.read_text(), 30)
     with pytest.raises(
-        UserError, match=r"single-0 is not healthy after 1 s: read .*, or raise --start-timeout-s\nload"
+        UserError, match=f"single-0 is not healthy after 1 s: read {log}, or raise --start-timeout-s\nload"
     ):
         deployment.start()
     lines = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
     assert not any("7004" in (line or []) for line in lines)
+
+
+def test_empty_log_of_a_late_server_is_called_empty(config: ServeConfig) -> None:
+    site = scripted(single_0="exec sleep 7005")
+    with pytest.raises(UserError, match=r"single-0\.log, or raise --start-timeout-s\n\(its log is empty\)"):
+        site.deployment("single", dataclasses.replace(config, start_timeout_s=0.2)).start()
 
 
 def test_dead_server_is_restarted_as_often_as_is_allowed(config: ServeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
