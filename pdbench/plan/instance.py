@@ -10,18 +10,22 @@ from bisect import insort
 from pdbench.plan.batch import LAST, ONLY, PAUSES, Batch, Pool, Tokens
 from pdbench.plan.engine import SHORT_PROMPT
 
+MOST_NOTES, APART_S = 300, 0.1
+"""So many instants, so far apart, keep what was done until then; beyond, every second one goes, and later ones are twice as far apart."""
+
 
 class Instance(Batch):
     """An engine at the boundary before step `k`, at `s`; the step before is done at `d`. It wants to be woken at `wake_s`.
 
     What it did, for its power and for trust: `prefill_s` is the time in steps with prompt tokens, `decode_s` in steps without; the rest it
-    was idle. `sequence_s` is the integral of its running sequences over time. `outside_s` maps a field of `Box` to the time in steps beyond
-    it (a step beyond two counts for both).
+    was idle. `sequence_s` is the integral of its running sequences over time. `done` has rows of (instant, decode_s, sequence_s, prefill_s,
+    prompt_tokens) until then. `outside_s` maps a field of `Box` to the time in steps beyond it (a step beyond two counts for both).
     """
 
     __slots__ = (
-        "before_d", "before_s", "costs", "d", "decode_s", "extended", "first_s", "gaps", "next_d", "next_s", "noise_at", "opening",
-        "outside_s", "prefill_s", "prompt_tokens", "role", "s", "sequence_s", "steps", "tokens", "version", "wake_s", "weight",
+        "apart_s", "before_d", "before_s", "costs", "d", "decode_s", "done", "extended", "first_s", "gaps", "next_d", "next_s",
+        "noise_at", "noted_s", "opening", "outside_s", "prefill_s", "prompt_tokens", "role", "s", "sequence_s", "steps", "tokens",
+        "version", "wake_s", "weight",
     )  # fmt: skip
 
     def __init__(self, pool: Pool, tokens: Tokens, noise_at: int) -> None:
@@ -30,6 +34,8 @@ class Instance(Batch):
         self.noise_at, self.version = noise_at, 0
         self.prefill_s = self.decode_s = self.sequence_s = 0.0
         self.prompt_tokens = 0
+        self.done: list[tuple[float, float, float, float, float]] = []
+        self.noted_s, self.apart_s = 0.0, APART_S
         self.outside_s: dict[str, float] = {}
         self.s = self.d = self.wake_s = 0.0
         self.weight = 0  # sequences that got a token in the last step and in the one before it
@@ -72,6 +78,8 @@ class Instance(Batch):
         if lag == 1 and self.opening:
             self._open(self.s)
         ended = self._advance() if self.steps else []
+        if self.s - self.noted_s >= self.apart_s:
+            self.note()
         k, handouts, running, pool = self.k, self.handouts, self.running, self.pool
         while running and running[0][0] == k:
             sequence = running.pop(0)
@@ -115,6 +123,14 @@ class Instance(Batch):
         else:
             self.steps, self.wake_s = 0, math.inf
         return ended
+
+    def note(self) -> None:
+        """Keep what was done until now in `done`."""
+        self.noted_s = at_s = self.d if self.d > self.s else self.s
+        self.done.append((at_s, self.decode_s, self.sequence_s, self.prefill_s, self.prompt_tokens))
+        if len(self.done) > MOST_NOTES:
+            del self.done[1::2]
+            self.apart_s *= 2
 
     def _plan(self, limit: int, until_s: float, *, extend: bool) -> None:
         """Plan decode steps from here until `until_s`, at most `limit`; `extend`: and the step without the sequences that end with

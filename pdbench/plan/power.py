@@ -103,11 +103,9 @@ def fit_power(measured: Sequence[tuple[Sequence[DeviceRecord], Array, Array]]) -
     )
 
 
-def work_joules(use: Instance, costs: PowerCosts) -> float:
-    """What an instance draws for its simulated work, its idle power apart."""
-    return (
-        (costs.decode_w - costs.idle_w) * use.decode_s
-        + costs.sequence_w * use.sequence_s
-        + costs.prefill_w * use.prefill_s
-        + costs.prompt_token_j * use.prompt_tokens
-    )
+def work_joules(use: Instance, costs: PowerCosts, window: Interval) -> float:
+    """What an instance draws for its simulated work in a window, its idle power apart."""
+    at_s, *work = np.array([(0.0,) * 5, *use.done]).T
+    joules = np.array([costs.decode_w - costs.idle_w, costs.sequence_w, costs.prefill_w, costs.prompt_token_j]) @ work
+    begin_j, end_j = np.interp(window, at_s, joules)
+    return float(end_j - begin_j)

@@ -180,12 +180,15 @@ def draw_of(
         figures["slo_met_pct"] = 100 * float(np.mean(good))
     watts = {role: costs for role in roles if (costs := role_of(calibration, role).power)}
     if len(watts) == len(roles) and tokens_here:
-        # Idle power for the window's time, the work's joules by the tokens that came in it.
         counts = {role: sum(instance.role == role for instance in results[0].instances) for role in watts}
         energy_j = {
             role: counts[role] * costs.idle_w * window_s
-            + sum(power.work_joules(instance, costs) for instance in instances if instance.role == role)
-            * (tokens_here / tokens)
+            + sum(
+                power.work_joules(instance, costs, result.window)
+                for result in results
+                for instance in result.instances
+                if instance.role == role
+            )
             for role, costs in watts.items()
         }
         total_j = sum(energy_j.values())

@@ -240,6 +240,8 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
             instance.version += 1
             heappush(queue, (instance.wake_s, _WAKES, number, instance.version))
 
+    for instance in instances:
+        instance.note()
     gaps = tokens.count()
     done = np.array(ended, bool)
     sent_s, first_s, last_s = np.array(sent), np.array(tokens.first_s), np.array(tokens.last_s)
