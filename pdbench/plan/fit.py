@@ -58,7 +58,7 @@ def decode_costs(steps: Sequence[Steps], sizes: Sequence[int]) -> Decode:
     Outliers beyond 3 median deviations of their size are left out. Raises ValueError where nothing was calm.
     """
     calm = [_calm(part, sizes) for part in steps]
-    size, context, took_s = (np.concatenate(parts) for parts in zip(*calm, strict=True))
+    sequences, size, context, took_s = (np.concatenate(parts) for parts in zip(*calm, strict=True))
     place = np.repeat(np.arange(len(calm)), [len(part[0]) for part in calm])
     keep = np.zeros(len(size), dtype=bool)
     for each in np.unique(size):
@@ -91,12 +91,14 @@ def decode_costs(steps: Sequence[Steps], sizes: Sequence[int]) -> Decode:
     else:
         table, slope = {1: float(solution[0] + solution[1])}, float(solution[1])
     costs = Costs(gpu_decode_s=table, gpu_per_sequence_s=slope, gpu_per_context_token_s=float(solution[-1]))
-    ratios = [(float(each), float(np.median((took_s / usual_s)[size == each]))) for each in seen]
+    ratios = [
+        (float(np.median(sequences[size == each])), float(np.median((took_s / usual_s)[size == each]))) for each in seen
+    ]
     return Decode(costs, jitter, speeds, ratios)
 
 
-def _calm(steps: Steps, sizes: Sequence[int]) -> tuple[IntArray, IntArray, Array]:
-    """(graph size, context, seconds) of the steps far from any prompt."""
+def _calm(steps: Steps, sizes: Sequence[int]) -> tuple[IntArray, IntArray, IntArray, Array]:
+    """(sequences, graph size, context, seconds) of the steps far from any prompt."""
     began = np.flatnonzero(steps.firsts)
     calm = steps.since > 3
     for shift in range(-1, 4):  # a prompt's step k changes the hand-outs of k-1 to k+1, and those of a chunk before it
@@ -106,7 +108,7 @@ def _calm(steps: Steps, sizes: Sequence[int]) -> tuple[IntArray, IntArray, Array
     n = steps.sequences[places]
     size = n if not sizes else np.asarray(sizes)[np.minimum(np.searchsorted(sizes, n), len(sizes) - 1)]
     size = np.maximum(size, n)  # beyond the largest graph nothing is padded
-    return size, steps.context[places], took_s
+    return n, size, steps.context[places], took_s
 
 
 @dataclass(frozen=True)

@@ -63,9 +63,12 @@ def test_costs_of_the_h200(single: Calibration) -> None:
 
 def test_picture_of_steps_has_the_measured_ones_beside_the_line(single: Calibration) -> None:
     decode, prompts = steps_chart(single).panels
+    shaded = decode.series[0]
     costs, ratios = single.roles["single"].engine.costs, single.roles["single"].decode_ratios
     assert decode.series[-1].kind == prompts.series[-1].kind == "points"
-    assert decode.series[-1].x == [*costs.gpu_decode_s] == [size for size, _ in ratios]
+    assert decode.series[-1].x == [sequences for sequences, _ in ratios] and max(decode.series[-1].x) <= max(shaded.x)
+    for (sequences, _), before, size in zip(ratios, [0, *costs.gpu_decode_s], costs.gpu_decode_s, strict=False):
+        assert before < sequences <= size, "between two sizes of the CUDA graphs"
     line = dict(zip(decode.series[1].x, decode.series[1].y, strict=True))
     assert decode.series[-1].y == pytest.approx([ratio * line[size] for size, ratio in ratios])
     assert len(prompts.series[-1].x) > 5 and all(0.9 < ratio < 1.1 for _, ratio in ratios)
