@@ -1,6 +1,7 @@
 """A prediction: many simulations of what may be, their figures with intervals, or the reason why nothing can be said."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count, islice
@@ -153,8 +154,7 @@ def draw_of(
         raise NoRoomError("a request does not fit into the KV cache: serve with a smaller model length, or more memory")
     figures = {f"ttft_{name}_ms": 1e3 * float(np.quantile(ttft_s, share)) for name, share in _SHARES.items()}
     instances = [instance for result in results for instance in result.instances]
-    roles = dict.fromkeys(instance.role for instance in instances)
-    streaming = role_of(calibration, [*roles][-1])
+    streaming = role_of(calibration, instances[-1].role)
     box = streaming.engine.box
     slowest_s = float(streaming.engine.costs.gpu_step_s(np.array(box.sequences), box.context_tokens))
     jitter = [share * pauses if share > 0 else share for share in streaming.jitter]
@@ -178,25 +178,7 @@ def draw_of(
         good_here = int(np.sum(good & ended_here))
         figures["goodput_requests_per_s"] = good_here / window_s
         figures["slo_met_pct"] = 100 * float(np.mean(good))
-    watts = {role: costs for role in roles if (costs := role_of(calibration, role).power)}
-    if len(watts) == len(roles) and tokens_here:
-        counts = {role: sum(instance.role == role for instance in results[0].instances) for role in watts}
-        energy_j = {
-            role: counts[role] * costs.idle_w * window_s
-            + sum(
-                power.work_joules(instance, costs, result.window)
-                for result in results
-                for instance in result.instances
-                if instance.role == role
-            )
-            for role, costs in watts.items()
-        }
-        total_j = sum(energy_j.values())
-        figures |= {"j_per_output_token": total_j / tokens_here, "mean_power_w": total_j / window_s}
-        if len(energy_j) > 1:
-            figures |= {f"{role}_power_w": of_role_j / window_s for role, of_role_j in energy_j.items()}
-        if good_here:
-            figures["j_per_good_request"] = total_j / good_here
+    figures |= _energy(results, calibration, window_s, tokens_here, good_here)
     busy_s = sum(instance.prefill_s + instance.decode_s for instance in instances)
     outside = {name: sum(each.outside_s.get(name, 0.0) for each in instances) / busy_s for name in _LARGER}
     third = max(1, len(results[0].ttft_s) // 3)
@@ -208,6 +190,27 @@ def draw_of(
     parts_ms = seconds.parts_of_simulated(results)
     whole = seconds.distributions_of_simulated(results, jitter, slowest_s) if distributed else {}
     return Draw(figures, outside, is_preempted, parts_ms, float(growth), timed_out_pct, whole)
+
+
+def _energy(
+    results: Sequence[Simulated], calibration: Calibration, window_s: float, tokens_here: float, good_here: int
+) -> dict[str, float]:
+    """Power and energy in the trials' windows, which take `window_s` together; empty unless every role's power was calibrated."""
+    instances = [(instance, result.window) for result in results for instance in result.instances]
+    counts = Counter(instance.role for instance in results[0].instances)
+    watts = {role: costs for role in counts if (costs := role_of(calibration, role).power)}
+    if len(watts) < len(counts) or not tokens_here:
+        return {}
+    energy_j = {role: counts[role] * costs.idle_w * window_s for role, costs in watts.items()}
+    for instance, window in instances:
+        energy_j[instance.role] += power.work_joules(instance, watts[instance.role], window)
+    total_j = sum(energy_j.values())
+    figures = {"j_per_output_token": total_j / tokens_here, "mean_power_w": total_j / window_s}
+    if len(energy_j) > 1:
+        figures |= {f"{role}_power_w": of_role_j / window_s for role, of_role_j in energy_j.items()}
+    if good_here:
+        figures["j_per_good_request"] = total_j / good_here
+    return figures
 
 
 def _share_within(result: Simulated) -> Array:
