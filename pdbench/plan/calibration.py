@@ -9,7 +9,7 @@ from typing import Any, get_args
 import msgspec
 import numpy as np
 
-from pdbench.analysis.arrivals import Array
+from pdbench.analysis.arrivals import Array, IntArray
 from pdbench.analysis.run_analysis import is_foreign
 from pdbench.config import LoadConfig, ServeConfig
 from pdbench.config.serving import last_value
@@ -50,7 +50,8 @@ USUAL_INGRESS_S = 0.007
 
 
 def calibrate(runs: Mapping[Path, Run]) -> Calibration:
-    """What these runs of one model, GPU and vLLM say of its engines. Raises UserError where that is nothing."""
+    """What these runs of one model, GPU and vLLM say of its engines, in whatever order they are given. Raises UserError where that is nothing."""
+    runs = dict(sorted(runs.items()))
     sources: list[Source] = []
     parts: list[Part] = []
     for path, run in runs.items():
@@ -200,17 +201,7 @@ def _calibrate_role(role: Role, parts: list[Part], known: Mapping[Role, RoleCali
             engine = Engine(costs=decode.costs, limits=limits)
             chains = fit.chains(steps, trials, engine)
             prefill = fit.prefill_costs(chains, engine)
-            sent_s = {name: float(request.sent_s or 0) for part in parts for name, request in part.requests.items()}
-            tokens, computed = (
-                {stream.id: getattr(stream, name) for part in parts for stream in part.streams}
-                for name in ("prompt_tokens", "computed")
-            )
-            between = {
-                name: row for part in steps for name, row in way_in.schedulable(part, sent_s, limits, computed).items()
-            }
-            ingress_s, per_token_s = way_in.of_busy(
-                np.array([tokens[name] for name in between]), np.array([*between.values()])
-            )
+            ingress_s, per_token_s = way_in.of_busy(*_ways_in(parts, limits))
             ingress_s -= proxy_s(parts) if role == "replica" else 0.0
             costs = msgspec.structs.replace(prefill.costs, ingress_s=ingress_s, ingress_per_token_s=per_token_s)
             box = msgspec.structs.replace(box, prompt_tokens=int(chains.prompt.max()))
@@ -232,6 +223,23 @@ def _calibrate_role(role: Role, parts: list[Part], known: Mapping[Role, RoleCali
         decode_ratios=decode.ratios if decode else [],
         prompt_ratios=prefill.ratios,
     )
+
+
+def _ways_in(parts: Sequence[Part], limits: Limits) -> tuple[IntArray, Array]:
+    """Prompt tokens, and rows of the least and the most seconds from sending to scheduling, of the prompts that met running streams. Loads of one
+    sweep have the same ids, so each part's are looked up by themselves."""
+    tokens: list[int] = []
+    rows: list[tuple[float, float]] = []
+    for part in parts:
+        if part.steps is None:
+            continue
+        streams = {stream.id: stream for stream in part.streams}
+        sent_s = {name: float(request.sent_s or 0) for name, request in part.requests.items()}
+        computed = {name: stream.computed for name, stream in streams.items()}
+        found = way_in.schedulable(part.steps, sent_s, limits, computed)
+        tokens += [streams[name].prompt_tokens for name in found]
+        rows += found.values()
+    return np.array(tokens), np.array(rows)
 
 
 def share_eager(roles: dict[Role, RoleCalibration]) -> None:

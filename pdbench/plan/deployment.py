@@ -123,7 +123,7 @@ def another_speed(speeds: Sequence[float], share: float) -> float:
 
 def drawn(role: RoleCalibration, random: np.random.Generator, share: float) -> Engine:
     """An engine as it may be another time: costs as the data leave them possible, a trial's noise, the quantile `share` of another day's speed."""
-    costs = fit.with_values(role.engine.costs, role.samples[int(random.integers(len(role.samples)))])
+    costs = role.engine.costs.with_values(role.samples[int(random.integers(len(role.samples)))])
     spread = float(np.std(np.log(role.decode_speeds))) if role.decode_speeds else 0.0
     factor = float(np.exp(random.normal(0, max(DECODE_ERROR, spread))))
     changed: dict[str, Any] = {"gpu_decode_s": {size: factor * cost for size, cost in costs.gpu_decode_s.items()}}

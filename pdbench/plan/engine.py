@@ -24,7 +24,7 @@ and `max_num_seqs` last; a prompt that does not fit goes on in the next step (ch
 token.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from math import inf
@@ -77,6 +77,10 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
     ingress_per_token_s: float = 0.0
     noise: tuple[tuple[float, ...], ...] = ()
     gpu_noise: tuple[tuple[float, ...], ...] = ()
+
+    def with_values(self, values: Iterable[float]) -> "Costs":
+        """With those that are named in `COSTS`."""
+        return msgspec.structs.replace(self, **dict(zip(COSTS, map(float, values), strict=True)))
 
     @property
     def beyond_graphs_s(self) -> float:

@@ -1,6 +1,6 @@
 """Costs of a role's engine from a run: decode steps by regression, prefill steps and the way in from how tokens arrived around them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -197,7 +197,7 @@ def prefill_costs(observed: Chains, engine: Engine) -> Prefill:
         return np.exp(np.append(of_trials, -of_trials.sum()))
 
     def costs_of(logs: Array) -> Costs:
-        return with_values(fixed, values_of(logs))
+        return fixed.with_values(values_of(logs))
 
     def misfit(logs: Array, gpu_too: bool) -> Array:
         usual_s = durations(observed, costs_of(logs), engine.limits, speeds_of(logs)[which], gpu_too)
@@ -334,11 +334,6 @@ def fit_logs(
 def eager_s(beyond_s: Sequence[float] | Array, within: int) -> float | None:
     """What steps beyond the CUDA graphs took: the host launches every kernel. None where too few were beyond, or as few (`within`) were not."""
     return float(np.median(beyond_s)) if min(len(beyond_s), within) >= LEAST_STEPS else None
-
-
-def with_values(costs: Costs, values: Iterable[float]) -> Costs:
-    """With those that are named in `COSTS`."""
-    return msgspec.structs.replace(costs, **dict(zip(COSTS, map(float, values), strict=True)))
 
 
 def at_speed(costs: Costs, factor: float) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def prefill_alone(
     fixed = msgspec.structs.replace(fixed, host_eager_s=fit.eager_s(beyond_s, within))
 
     def costs_of(logs: Array, host_decode_s: float) -> Costs:
-        return fit.with_values(fixed, [*np.exp(logs), 1.0, host_decode_s])
+        return fixed.with_values([*np.exp(logs), 1.0, host_decode_s])
 
     def alone_costs(logs: Array) -> Costs:
         return costs_of(np.append(logs, -np.inf), 0.0)

@@ -76,8 +76,12 @@ class RoleCalibration(msgspec.Struct, frozen=True, kw_only=True):
     def knows_lengths(self) -> bool:
         """Do the runs tell what a prompt's tokens cost from what a prompt costs?"""
         shortest, longest = self.prompt_lengths
-        per_token = ("host_per_prompt_token_s", "gpu_per_prompt_token_s")
-        return longest >= 1.5 * shortest and max(map(self.error_of, per_token)) <= UNSURE
+        if longest < 1.5 * shortest:
+            return False
+        lengths, captured = np.array(self.prompt_lengths), self.engine.limits.captured
+        steps_s = [self.engine.costs.with_values(row).prompt_step_s(lengths, captured) for row in self.samples]
+        prices_s = np.diff(steps_s)
+        return bool((prices_s > 0).all() and np.std(np.log(prices_s)) <= UNSURE)
 
     def error_of(self, cost: str) -> float:
         """Standard deviation of a cost's logarithm."""

@@ -24,11 +24,11 @@ from tests.plan.test_fit import HOST, HOST_TOKEN, SIZES, TABLE, engine_run
 INGRESS = 0.006
 
 
-def recorded_run(counted_by: str = "token_ids", model: str = "m") -> Run:
-    """Two trials of the engine of test_fit, as a run would have recorded them."""
+def recorded_run(counted_by: str = "token_ids", model: str = "m", *, seed: int = 11) -> Run:
+    """Two trials of the engine of test_fit, as a run would have recorded them; runs of any seed have the same ids."""
     requests = []
     for trial in (0, 1):
-        streams, _, arrived = engine_run(trial + 11)
+        streams, _, arrived = engine_run(trial + seed)
         requests += [
             RequestRecord(
                 id=f"{trial}-{stream.id}",
@@ -71,6 +71,18 @@ def test_engine_of_a_run_is_found_again() -> None:
     assert found.drift < 1.1
     missing = " ".join(found.missing)
     assert "handoff" in missing and "power" in missing and "five trials" in missing
+
+
+def test_runs_of_one_sweep_whose_ids_are_the_same_are_not_mixed_up() -> None:
+    first, second = recorded_run(), recorded_run(seed=31)
+    shared = {request.id for request in first.requests} & {request.id for request in second.requests}
+    assert len(shared) > 50
+    one_way, other_way = (
+        calibrate(dict(runs))
+        for runs in (((Path("a"), first), (Path("b"), second)), ((Path("b"), second), (Path("a"), first)))
+    )
+    assert one_way.roles["single"].engine.costs.ingress_s == pytest.approx(INGRESS, abs=0.0005)
+    assert one_way == other_way
 
 
 @pytest.mark.parametrize("told", [True, False, None])

@@ -273,7 +273,7 @@ def test_costs_of_an_instance_that_only_prefills_are_found_again(before_s: float
     demand = Demand(
         t_s=np.cumsum(random.exponential(0.03, 150)), prompt_tokens=prompt, output_tokens=one, cached_tokens=0 * one
     )
-    costs = fit.with_values(Costs(ingress_s=0.005), [HOST, HOST_TOKEN, GPU, GPU_TOKEN, before_s, 1.0, 1e-3])
+    costs = Costs(ingress_s=0.005).with_values([HOST, HOST_TOKEN, GPU, GPU_TOKEN, before_s, 1.0, 1e-3])
     engine = Engine(costs=costs, limits=LIMITS)
     answered = simulate(Deployment(layout=Layout("single", {"single": 1}), engines={"single": engine}), demand)
     done_s = answered.sent_s + answered.ttft_s + random.normal(0, 2e-4, 150)
@@ -296,9 +296,8 @@ def test_launch_beyond_the_graphs_is_found_in_the_queue_of_prefill(gpu_s: float)
         output_tokens=one,
         cached_tokens=0 * one,
     )
-    costs = fit.with_values(
-        Costs(ingress_s=0.005, host_eager_s=0.08), [0.025, 1e-7, 0.005, gpu_s / 2048, 0.0, 1.0, 1e-3]
-    )
+    usual = Costs(ingress_s=0.005, host_eager_s=0.08)
+    costs = usual.with_values([0.025, 1e-7, 0.005, gpu_s / 2048, 0.0, 1.0, 1e-3])
     engine = Engine(costs=costs, limits=limits)
     answered = simulate(Deployment(layout=Layout("single", {"single": 1}), engines={"single": engine}), demand)
     done_s = answered.sent_s + answered.ttft_s + random.normal(0, 1e-4, 400)
