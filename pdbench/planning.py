@@ -10,7 +10,7 @@ from rich.console import Console
 from pdbench import failures
 from pdbench.config import LoadConfig
 from pdbench.errors import NOT_JSON, UserError
-from pdbench.files import is_edited, read_whole, sealed, write_all
+from pdbench.files import check_writable, is_edited, read_whole, sealed, write_all
 from pdbench.load import plan as loads
 from pdbench.plan import records
 from pdbench.plan.calibration import calibrate, check_suitable
@@ -52,6 +52,7 @@ def plan(
     Raises UserError for runs that calibrate nothing, and options that contradict each other.
     """
     check_no_measured_search(out)
+    check_writable(out)
     predicted: list[Prediction] = []
     wanted = [parse_layout(words) for words in deployments]
     if unknown := next((name for name in UNCOUNTED_SLO if getattr(load, name) is not None), None):
@@ -146,8 +147,13 @@ def plan(
 
 def read_calibration(sources: Sequence[Path], console: Console) -> Calibration:
     """Of runs' folders, or the one saved in a folder of `pdbench plan` (where no run is). Raises UserError for what is neither."""
-    is_run = len(sources) == 1 and any(sources[0].glob("*_results.json"))
-    if len(sources) == 1 and not is_run and (saved := sources[0] / CALIBRATION).is_file():
+    of_plan = [path for path in sources if (path / CALIBRATION).is_file() and not any(path.glob("*_results.json"))]
+    if of_plan and len(sources) > 1:
+        raise UserError(
+            f"{of_plan[0]} is a calibration, which is read by itself: give it alone, or folders of runs only"
+        )
+    if of_plan:
+        saved = of_plan[0] / CALIBRATION
         try:
             content = read_whole(saved)
             found = msgspec.json.decode(content, type=Calibration)

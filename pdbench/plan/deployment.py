@@ -14,6 +14,8 @@ from pdbench.plan import fit
 from pdbench.plan.engine import COSTS, Demand, Deployment, Engine, Handoff, Layout, Role
 from pdbench.plan.records import Calibration, RoleCalibration
 
+MOST_INSTANCES = 10_000
+"""Of a role. The choice among so many is a number of as many bits (simulate.py)."""
 DECODE_ERROR = 0.02
 """Standard deviation of decode steps' logarithms from one deployment or day to the next (docs/results/plan)."""
 DAYS, DAYS_WEIGH = 0.15, 2
@@ -27,12 +29,16 @@ HANDOFF_ERROR = 0.1
 
 def parse_layout(text: str) -> Layout:
     """single, replicas:N, or NpMd. Raises UserError for anything else."""
-    if match := re.fullmatch(r"([0-9]{1,6})p([0-9]{1,6})d", text.lower()):
+    if match := re.fullmatch(r"([0-9]{1,9})p([0-9]{1,9})d", text.lower()):
         layout = Layout("disaggregated", {"prefill": int(match[1]), "decode": int(match[2])})
-    elif match := re.fullmatch(r"replicas:([0-9]{1,6})", text):
+    elif match := re.fullmatch(r"replicas:([0-9]{1,9})", text):
         layout = Layout("replicas", {"replica": int(match[1])})
     else:
         layout = Layout("single", {"single": int(text == "single")})
+    if max(layout.instances.values()) > MOST_INSTANCES:
+        raise UserError(
+            f"--deployment {text}: plan simulates at most {MOST_INSTANCES:,} instances of a role: give fewer"
+        )
     if all(layout.instances.values()):
         return layout
     raise UserError(f"--deployment {text}: write single, replicas:N, or NpMd, as in 3p5d")

@@ -15,13 +15,14 @@ from pdbench.errors import UserError
 from pdbench.plan import power, seconds
 from pdbench.plan.deployment import deployment_of, role_of, sized, unfit
 from pdbench.plan.engine import Demand, Deployment, Layout
+from pdbench.plan.instance import Instance
 from pdbench.plan.records import Calibration, Figure, Prediction
 from pdbench.plan.simulate import Simulated, simulate, weighted_quantiles
 
 DRAWS, LEAST_DRAWS, BUDGET_S = 60, 12, 30.0
 """Simulations per prediction; fewer where they would take more seconds of CPU than this."""
 OUTSIDE = 0.05
-"""Above this share of the busy time in steps larger than any that was measured, a prediction is refused."""
+"""Above this share of a role's busy time in steps larger than any that was measured, a prediction is refused."""
 POWER_ERROR = 0.05
 """Standard deviation of what power models of one run say of another (docs/results/plan), boards' gains included."""
 GROWTH = 2.0
@@ -64,8 +65,8 @@ class Day:
 
 @dataclass(frozen=True)
 class Draw:
-    """One simulation of a load's trials. `figures` are named as a run's; `outside` is the share of the busy time in steps beyond the
-    calibrated box, by what is beyond, `timed_out_pct` of the requests that the client would have ended; `seconds_ms` the mean request's parts (seconds.py); `growth` the mean TTFT, with the waits for a stream and for decode, of the last third of the requests over the first third's: above
+    """One simulation of a load's trials. `figures` are named as a run's; `outside` is the share of a role's busy time in steps beyond the
+    calibrated box, by what is beyond (of the role that has the largest), `timed_out_pct` of the requests that the client would have ended; `seconds_ms` the mean request's parts (seconds.py); `growth` the mean TTFT, with the waits for a stream and for decode, of the last third of the requests over the first third's: above
     `GROWTH` the queue grows. `distributions_ms` only where they were asked for."""
 
     figures: dict[str, float]
@@ -179,17 +180,30 @@ def draw_of(
         figures["goodput_requests_per_s"] = good_here / window_s
         figures["slo_met_pct"] = 100 * float(np.mean(good))
     figures |= _energy(results, calibration, window_s, tokens_here, good_here)
-    busy_s = sum(instance.prefill_s + instance.decode_s for instance in instances)
-    outside = {name: sum(each.outside_s.get(name, 0.0) for each in instances) / busy_s for name in _LARGER}
+    outside = _outside(instances)
     third = max(1, len(results[0].ttft_s) // 3)
     taken = [each.ttft_s + each.waited_s + np.nan_to_num(each.joined_s - each.ready_s) for each in results]
     growth = np.mean([took_s[-third:].mean() / took_s[:third].mean() for took_s in taken])
-    growth = 0.0 if results[0].is_closed else growth  # its first requests come at once, and no others until one ends
+    due_s = results[0].sent_s - results[0].waited_s
+    if results[0].is_closed or due_s[-1] - due_s[0] < ttft_s.min():
+        growth = 0.0  # a burst's requests come at once, and a closed loop's first ones, which no others follow until one ends
     is_preempted = any(instance.preemptions for instance in instances)
     timed_out_pct = 100 * float(np.mean(timed_out))
     parts_ms = seconds.parts_of_simulated(results)
     whole = seconds.distributions_of_simulated(results, jitter, slowest_s) if distributed else {}
     return Draw(figures, outside, is_preempted, parts_ms, float(growth), timed_out_pct, whole)
+
+
+def _outside(instances: Sequence[Instance]) -> dict[str, float]:
+    """What is beyond the calibrated box -> the share of the busy time in such steps, of the role that has the largest."""
+    shares = dict.fromkeys(_LARGER, 0.0)
+    for role in dict.fromkeys(instance.role for instance in instances):
+        of_role = [instance for instance in instances if instance.role == role]
+        busy_s = sum(instance.prefill_s + instance.decode_s for instance in of_role)
+        for name in shares:
+            beyond_s = sum(instance.outside_s.get(name, 0.0) for instance in of_role)
+            shares[name] = max(shares[name], beyond_s / busy_s if busy_s else 0.0)
+    return shares
 
 
 def _energy(

@@ -120,7 +120,7 @@ class Figure(msgspec.Struct, frozen=True):
 class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     """What a deployment does under a load. `figures` are named as metrics of a run (ttft_p50_ms, j_per_output_token, ...).
 
-    `outside` is the share of the busy time in steps beyond the calibrated box, by what was beyond. `refusal`: why no figure is
+    `outside` is the share of a role's busy time in steps beyond the calibrated box, by what was beyond. `refusal`: why no figure is
     given, and the remedy, which is a measurement if `measurable`. `saturated`: the queue grows, and the figures with the load's length.
     `seconds_ms`: the mean request's parts, at the costs' best estimate, as are `distributions_ms`, which checks have (plan/seconds.py).
     """

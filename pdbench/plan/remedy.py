@@ -10,6 +10,7 @@ from pdbench.config import LoadConfig
 from pdbench.load.arrivals import read_stages
 from pdbench.plan.calibration import SENT
 from pdbench.plan.demand import demand_of_load
+from pdbench.plan.engine import Kind
 from pdbench.plan.records import Calibration, Prediction
 
 BEYOND, BEGINNING = 1.25, 0.1
@@ -23,7 +24,7 @@ PREFILLS = "--prefill-instances="
 
 def command_for(calibration: Calibration, refused: Sequence[Prediction], load: LoadConfig) -> str | None:
     """`pdbench calibrate` as the runs were served, with this load's lengths and a ramp up to what one instance of the refused deployments gets of
-    it, with as many prefill instances as that takes. None where no measurement helps, of queues that grow (a ramp's would, too), of more requests at a time than its full load has, and of runs that do not say how they were served."""
+    it, with as many prefill instances as that takes, of the kinds of deployments among them. None where no measurement helps, of queues that grow (a ramp's would, too), of more requests at a time than its full load has, and of runs that do not say how they were served."""
     layouts = [each.layout for each in refused if each.measurable and not each.saturated]
     if not layouts or not calibration.command or (not load.open_loop and (load.concurrency or 1) > FULL_STREAMS):
         return None
@@ -44,6 +45,8 @@ def command_for(calibration: Calibration, refused: Sequence[Prediction], load: L
             words.append(f"{model_len}{most}")
             if most // 3 < 2 * mean:
                 lengths["max_output_tokens"] = lengths["max_output_tokens"] or 2 * mean
+        elif words[-1:] == ["--against"]:
+            words.append(_against(word, {layout.kind for layout in layouts}))
         elif not word.startswith(tuple(map(_option, SENT))):
             words.append(word)
     words += [f"{_option(name)}{value}" for name, value in lengths.items() if value is not None]
@@ -66,6 +69,12 @@ def command_for(calibration: Calibration, refused: Sequence[Prediction], load: L
             words += [f"{PREFILLS}{needed}"] if needed > 1 else []
         words += [f"--rate={BEGINNING * end:.3g}", f"--ramp-to={end:.3g}"]
     return shlex.join(words)
+
+
+def _against(given: str, kinds: set[Kind]) -> str:
+    """Of the deployments that were calibrated those that show the engines of `kinds`: a single instance's are replicas', too."""
+    apart, together = "disaggregated" in kinds, bool(kinds - {"disaggregated"})
+    return ",".join(kind for kind in given.split(",") if (apart if kind == "disaggregated" else together)) or given
 
 
 def _option(name: str) -> str:

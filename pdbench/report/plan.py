@@ -1,6 +1,7 @@
 """What `pdbench plan` found: calibrations, predictions, checks and searches as tables and charts."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from math import floor
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,7 @@ def calibration(found: Calibration) -> Table:
 def predictions(of: Sequence[Prediction], *, on_gpus: bool, remedy: str | None = None) -> Table:
     """Figures with their intervals, a column per deployment; a refused one has its reason below, and the command that measures what is missing."""
     rows: list[list[Value]] = [
-        [text.label(name), *(_with_interval(each.figures.get(name)) for each in of)]
+        [text.label(name), *(_with_interval(name, each.figures.get(name)) for each in of)]
         for name in FIGURES
         if any(name in each.figures for each in of)
     ]
@@ -140,12 +141,11 @@ def search(of: Search, *, on_gpus: bool, remedy: str | None = None) -> Table:
             verdict = _(", ").join((verdict, _("queue grows")))
         # A refused one's figures are a guess: only the picture shows where it would be.
         known = {} if each.refusal else each.figures
-        figures = (_with_interval(known.get(name)) for name in SEARCHED)
+        figures = (_with_interval(name, known.get(name)) for name in SEARCHED)
         rows.append([each.layout.name, each.layout.gpus, verdict, *figures])
         styles.append({"met": "" if place else "better", "not decided": ""}.get(each.verdict or "", "worse"))
     if not of.candidates or of.candidates[0].verdict != "met":
-        words = "No deployment of at most {0} GPUs surely keeps the SLO in steps that the runs have reached."
-        words = words if on_gpus else words.replace("GPUs", "instances")
+        words = "Within --max-gpus {0} no deployment surely keeps the SLO in steps that the runs have reached."
         lines.insert(0, _(words, f"{of.most_gpus:,}"))
     lines += [_(REMEDY, remedy)] if remedy else []
     words = "{0} simulations of {1} requests. In brackets: 90 % intervals."
@@ -157,12 +157,17 @@ def search(of: Search, *, on_gpus: bool, remedy: str | None = None) -> Table:
     return Table(title=title, header=header, rows=rows, styles=styles, note="\n\n".join(lines))
 
 
-def _bounded(value: float, low: float, high: float) -> str:
-    return f"{text.number(value)} ({text.number(low)}-{text.number(high)})"
+def _bounded(metric: str, value: float, low: float, high: float) -> str:
+    return f"{_rounded(metric, value)} ({_rounded(metric, low)}-{_rounded(metric, high)})"
 
 
-def _with_interval(figure: Figure | None) -> Value:
-    return None if figure is None else _bounded(figure.value, figure.low, figure.high)
+def _with_interval(metric: str, figure: Figure | None) -> Value:
+    return None if figure is None else _bounded(metric, figure.value, figure.low, figure.high)
+
+
+def _rounded(metric: str, value: float) -> str:
+    """Shares within the SLO down: 98.97 % do not reach 99."""
+    return text.number(floor(10 * value) / 10 if metric == "slo_met_pct" else value)
 
 
 def is_inside(figure: Figure, measured: float) -> bool:
@@ -186,9 +191,9 @@ def check(of: Check) -> Table:
     for name, (figure, measured, own) in compared(of).items():
         inside = is_inside(figure, measured)
         low, high = of.trials.get(name, (measured, measured))
-        words = _bounded(measured, low, high) if low < high else text.number(measured)
+        words = _bounded(name, measured, low, high) if low < high else _rounded(name, measured)
         errors = error(figure, measured), error(own, measured)
-        rows.append([text.label(name), words, _with_interval(figure), _("yes") if inside else _("no"), *errors])
+        rows.append([text.label(name), words, _with_interval(name, figure), _("yes") if inside else _("no"), *errors])
         styles.append("" if inside else "worse")
     name = of.predicted.layout.name
     lines = []

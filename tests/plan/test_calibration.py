@@ -257,3 +257,10 @@ def test_run_counts_before_a_calibration_that_was_saved_beside_it(tmp_path: Path
     (tmp_path / "single_results.json").write_text("{}")
     with pytest.raises(UserError, match="single_results"):
         read_calibration([tmp_path], Console(quiet=True))
+
+
+def test_calibration_beside_other_sources_is_named_as_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / CALIBRATION).write_bytes(msgspec.json.encode(Calibration(sources=[], roles={})))
+    for sources in ([tmp_path, tmp_path], [Path("elsewhere"), tmp_path]):
+        with pytest.raises(UserError, match="is a calibration, which is read by itself"):
+            read_calibration(sources, Console(quiet=True))

@@ -340,7 +340,7 @@ def test_deployment_is_read(words: str, instances: dict[str, int]) -> None:
     assert parse_layout(words).instances == instances
 
 
-@pytest.mark.parametrize("words", ["", "replicas", "p2d", "0p1d", "99999999999p1d", "٣p1d"])
+@pytest.mark.parametrize("words", ["", "replicas", "p2d", "0p1d", "99999999999p1d", "٣p1d", "replicas:10001"])
 def test_other_deployments_are_refused(words: str) -> None:
     with pytest.raises(UserError):
         predict(calibration(), parse_layout(words), lambda draw: [], "")

@@ -47,6 +47,20 @@ def test_ramp_for_decode_has_prefill_instances_that_serve_it() -> None:
     assert 1 < needed < 2 and command.endswith("--prefill-instances=2 --rate=7.5 --ramp-to=75")
 
 
+@pytest.mark.parametrize(
+    ("layouts", "kinds"),
+    [
+        (("2p1d",), "disaggregated"),
+        (("replicas:3", "single"), "replicas"),
+        (("2p1d", "single"), "replicas,disaggregated"),
+    ],
+)
+def test_deployments_that_need_no_measurement_are_left_out(layouts: tuple[str, ...], kinds: str) -> None:
+    every = [refused("single", saturated=True), *map(refused, layouts)]
+    command = command_for(calibration(command=COMMAND), every, LOAD) or ""
+    assert command.startswith(f"pdbench calibrate --against {kinds} --max-model-len")
+
+
 def test_lengths_are_those_of_the_load() -> None:
     long = LoadConfig(concurrency=4, requests=20, input_tokens=6000, output_tokens=100)
     command = command_for(calibration(command=COMMAND), [refused("1p1d")], long) or ""
@@ -63,6 +77,27 @@ def test_no_queue_grows_in_a_closed_loop() -> None:
     load = LoadConfig(concurrency=400, requests=200, input_tokens=2048, output_tokens=100)
     answer = predict(wide(8), parse_layout("single"), lambda draw: [demand_of_load(load, draw)], "", draws=4)
     assert "than any run" in (answer.refusal or "") and not answer.saturated
+
+
+def test_no_queue_grows_in_a_burst(tmp_path: Path) -> None:
+    """All of it comes at once: it is the closed loop of as many streams."""
+    trace = tmp_path / "burst.jsonl"
+    row = json.dumps({"timestamp": 0, "input_length": 1500, "output_length": 100})
+    trace.write_text("\n".join([row] * 40))
+    burst = LoadConfig(trace=str(trace))
+    closed = LoadConfig(concurrency=40, requests=40, input_tokens=1500, output_tokens=100)
+    for layout in ("single", "replicas:4"):
+        one, other = (
+            predict(wide(20), parse_layout(layout), lambda draw, load=load: [demand_of_load(load, draw)], "", draws=4)
+            for load in (burst, closed)
+        )
+        assert (one.refusal, one.saturated) == (other.refusal, False)
+        assert ("than any run" in (one.refusal or "")) == (layout == "single")
+
+
+def test_many_prefill_instances_do_not_hide_a_decode_beyond_its_range() -> None:
+    answer, _ = overloaded(wide(sequences=8), "16p1d", rate=20, requests=400, output_tokens=60)
+    assert "than any run" in (answer.refusal or ""), "7 % of decode's time, 4 % of all engines'"
 
 
 def test_ramp_of_a_trace_is_of_its_mean_rate(tmp_path: Path) -> None:

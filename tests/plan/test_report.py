@@ -91,3 +91,9 @@ def test_refusals_stand_below_their_load_each_in_a_paragraph() -> None:
     assert "\n\nreplicas:2000: refused" in markdown(table)
     answered = predicted(calibration(), "replicas:2000")
     assert "replicas:2000 (2,000 GPUs)" in report.predictions([answered], on_gpus=True).header
+
+
+def test_a_share_below_the_slo_is_not_rounded_up_to_it() -> None:
+    figures = {"slo_met_pct": Figure(99.96, 98.975, 100.0), "ttft_p50_ms": Figure(98.975, 98.975, 98.975)}
+    table = report.predictions([Prediction(layout=SPLIT, load="", figures=figures)], on_gpus=True)
+    assert [row[1] for row in table.rows] == ["99.0 (99.0-99.0)", "99.9 (98.9-100)"]
