@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from pdbench.cli.app import Language, app, check_loads, console
 from pdbench.config import LiveConfig, LoadConfig
-from pdbench.config.types import Count, Interval, Positive
+from pdbench.config.types import Gpus, Interval, Positive
 from pdbench.errors import UserError
 
 
@@ -216,7 +216,7 @@ def plan(
     check: Annotated[tuple[Path, ...], Parameter(consume_multiple=True)] = (),
     deployment: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     search: Annotated[bool, Parameter(negative="")] = False,
-    max_gpus: Count[int | None] = None,
+    max_gpus: Gpus[int | None] = None,
     cheapest: Literal["gpus", "joules"] | None = None,
     out: Path = Path("plan"),
     lang: Language = "en",

@@ -33,6 +33,7 @@ MOST = 10_000_000
 LEAST_NUMBER, MOST_NUMBER = 1e-9, 1e9
 """Beyond them sums of instants and clocks of the system overflow."""
 Count = Annotated[T, _WHOLE, _range(f"1 to {MOST:,}", 1, MOST)]
+Gpus = Annotated[T, _WHOLE, _range("1 to 10,000", 1, 10_000)]
 CountOrZero = Annotated[T, _WHOLE, _range("0 or more", 0, math.inf)]
 Port = Annotated[T, _WHOLE, _range("a port, 0 to 65535", 0, 65535)]
 WarmUp = Annotated[T, _WHOLE, _range("0 to 10,000", 0, 10_000)]
