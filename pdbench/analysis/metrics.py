@@ -144,7 +144,7 @@ class Totals:
 
     window_s: float
     device_s: float | None
-    output_tokens: int | None
+    output_tokens: float | None
     requests: int | None
     good_requests: int | None
     energy_j: float | None

@@ -11,10 +11,11 @@ from msgspec.structs import replace
 
 from pdbench import failures
 from pdbench.analysis.arrivals import Array, BoolArray
+from pdbench.analysis.metrics import Totals
 from pdbench.errors import UserError
 from pdbench.plan import power, seconds
 from pdbench.plan.deployment import deployment_of, role_of, sized, unfit
-from pdbench.plan.engine import Demand, Deployment, Layout
+from pdbench.plan.engine import Demand, Deployment, Layout, Role
 from pdbench.plan.instance import Instance
 from pdbench.plan.records import Calibration, Figure, Prediction
 from pdbench.plan.simulate import Simulated, simulate, weighted_quantiles
@@ -41,6 +42,7 @@ Slo = tuple[float | None, float | None]
 UNCOUNTED_SLO = ("slo_tbt_p90_ms", "slo_tbt_p99_ms", "slo_e2e_ms")
 """Options that limit what predictions do not count by."""
 _NORMAL_95 = 1.645
+_RATIOS = ("output_tokens_per_s", "goodput_requests_per_s", "j_per_output_token", "mean_power_w", "j_per_good_request")
 _SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 _LARGER = {
     "prompt_tokens": ("prompt tokens in one step", "a higher --rate, or longer prompts"),
@@ -171,15 +173,24 @@ def draw_of(
     tokens_here = tokens * float(
         np.average(share, weights=np.concatenate([result.output_tokens for result in results]))
     )
-    figures["output_tokens_per_s"] = tokens_here / window_s
-    good_here = 0
+    good_here = None
     if any(limit is not None for limit in slo):
         good = (1e3 * ttft_s <= (slo[0] or np.inf)) & ~(1e3 * tbt_s > (slo[1] or np.inf)) & ~timed_out
         ended_here = np.concatenate([_ended_within(result) for result in results])
         good_here = int(np.sum(good & ended_here))
-        figures["goodput_requests_per_s"] = good_here / window_s
         figures["slo_met_pct"] = 100 * float(np.mean(good))
-    figures |= _energy(results, calibration, window_s, tokens_here, good_here)
+    energy_j = _energy_j(results, calibration, window_s)
+    if len(energy_j) > 1:
+        figures |= {f"{role}_power_w": of_role_j / window_s for role, of_role_j in energy_j.items()}
+    totals = Totals(
+        window_s=window_s,
+        device_s=None,
+        output_tokens=tokens_here,
+        requests=None,
+        good_requests=good_here,
+        energy_j=sum(energy_j.values()) if energy_j else None,
+    )
+    figures |= {name: value for name in _RATIOS if (value := totals.ratio(name)) is not None}
     outside = _outside(instances)
     third = max(1, len(results[0].ttft_s) // 3)
     taken = [each.ttft_s + each.waited_s + np.nan_to_num(each.joined_s - each.ready_s) for each in results]
@@ -206,25 +217,17 @@ def _outside(instances: Sequence[Instance]) -> dict[str, float]:
     return shares
 
 
-def _energy(
-    results: Sequence[Simulated], calibration: Calibration, window_s: float, tokens_here: float, good_here: int
-) -> dict[str, float]:
-    """Power and energy in the trials' windows, which take `window_s` together; empty unless every role's power was calibrated."""
-    instances = [(instance, result.window) for result in results for instance in result.instances]
+def _energy_j(results: Sequence[Simulated], calibration: Calibration, window_s: float) -> dict[Role, float]:
+    """Each role's energy in the trials' windows, which take `window_s` together; empty unless every role's power was calibrated."""
     counts = Counter(instance.role for instance in results[0].instances)
     watts = {role: costs for role in counts if (costs := role_of(calibration, role).power)}
-    if len(watts) < len(counts) or not tokens_here:
+    if len(watts) < len(counts):
         return {}
     energy_j = {role: counts[role] * costs.idle_w * window_s for role, costs in watts.items()}
-    for instance, window in instances:
-        energy_j[instance.role] += power.work_joules(instance, watts[instance.role], window)
-    total_j = sum(energy_j.values())
-    figures = {"j_per_output_token": total_j / tokens_here, "mean_power_w": total_j / window_s}
-    if len(energy_j) > 1:
-        figures |= {f"{role}_power_w": of_role_j / window_s for role, of_role_j in energy_j.items()}
-    if good_here:
-        figures["j_per_good_request"] = total_j / good_here
-    return figures
+    for result in results:
+        for instance in result.instances:
+            energy_j[instance.role] += power.work_joules(instance, watts[instance.role], result.window)
+    return energy_j
 
 
 def _share_within(result: Simulated) -> Array:
