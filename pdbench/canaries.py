@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from pdbench.answers import LIKELIEST, TOKENS, Answer, compare, follow, read, too_many
-from pdbench.config import LoadConfig
+from pdbench.config import LoadConfig, dropped_fields
 from pdbench.errors import UserError
 from pdbench.events import Event, ProxyEvent
 from pdbench.http import request
@@ -246,7 +246,7 @@ def _places(config: LoadConfig, trial: int, least: int) -> list[int]:
 def _check_greedy(config: LoadConfig) -> None:
     """Raises UserError for a load whose requests have no one right answer."""
     extra = request_fields.extra_body(config)
-    if "temperature" in config.drop_fields:
+    if "temperature" in dropped_fields(vars(config)):
         raise UserError("without the field temperature, outputs are not greedy")
     for name in ("n", "best_of", "echo", "use_beam_search"):
         if extra.get(name) not in (None, False, 1):

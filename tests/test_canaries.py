@@ -337,11 +337,19 @@ def test_reference_gets_its_salt_whatever_the_nonce(tmp_path: Path) -> None:
     assert not any(request.canary.repeated for request in run.requests if request.canary)
 
 
-def test_load_without_one_right_answer_has_no_canaries(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"extra_body": '{"n": 2}'}, "n in --extra-body"),
+        ({"drop_fields": ("temperature",)}, "without the field temperature"),
+        ({"drop_fields": ("ignore_eos,temperature",)}, "without the field temperature"),
+    ],
+)
+def test_load_without_one_right_answer_has_no_canaries(options: dict[str, object], words: str, tmp_path: Path) -> None:
     with ScriptedServer(Model()) as server:
-        run = bench(server.url, tmp_path, extra_body='{"n": 2}')
+        run = bench(server.url, tmp_path, **options)
     assert verdicts(run) == [] and run.gate is None
-    assert "n in --extra-body" in flags(run, "canaries-off")[0]
+    assert words in flags(run, "canaries-off")[0]
 
 
 def test_server_that_always_streams_is_named_with_what_it_sent(tmp_path: Path) -> None:
