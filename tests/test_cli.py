@@ -35,6 +35,7 @@ from tests.support.servers import Peer, ScriptedServer, completions, stream, tok
         (["run", "--against", "singel"], "choose from single"),
         (["run", "--against", "single,single"], "twice"),
         (["sweep", "--against", "singel", "--vary", "seed=1"], "choose from single"),
+        (["serve", "--single-gpus", "a,1"], "Give indices with commas between them, as in 0,1"),
         (["run", "--trials", "0"], "for --trials. Give 1 to 10,000,000"),
         (["bench", "--requests", "1.5"], "not a whole number"),
         (["bench", "--bogus", "3"], "Try `pdbench bench --help`"),

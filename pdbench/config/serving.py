@@ -21,7 +21,7 @@ class ServerConfig:
     """Model folder or hub name; default: with bench what the server offers, else deepseek-ai/DeepSeek-V2-Lite on GPUs and a tiny
     model made on the spot without."""
     single_gpus: Indices = ()
-    """GPU indices of the single instance; default: the first ones of prefill and decode. With bench: the GPUs of a server that pdbench did not start."""
+    """GPU indices (0,1) of the single instance; default: the first ones of prefill and decode. With bench: the GPUs of a server that pdbench did not start."""
     log_dir: str = "logs"
     """Folder of the servers' logs."""
 
@@ -64,9 +64,9 @@ class ServeConfig(ServerConfig):
     decode_tensor_parallel: Count[int | None] = None
     """GPUs per decode instance; default: --tensor-parallel."""
     prefill_gpus: Indices = ()
-    """GPU indices of prefill, instance by instance; default: the first GPUs (of CUDA_VISIBLE_DEVICES where it is set)."""
+    """GPU indices (0,1) of prefill, instance by instance; default: the first GPUs (of CUDA_VISIBLE_DEVICES where it is set)."""
     decode_gpus: Indices = ()
-    """GPU indices of decode; default: the first that prefill does not use. Prefill's own: both roles share them (docs/one-gpu.md)."""
+    """GPU indices (0,1) of decode; default: the first that prefill does not use. Prefill's own: both roles share them (docs/one-gpu.md)."""
     prompt_log: bool = True
     """Log when each prompt waited and was computed, through a vLLM scheduler class that only records; without it TTFT is in fewer parts."""
     start_timeout_s: Positive[float] = 600.0
