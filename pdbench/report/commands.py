@@ -281,12 +281,12 @@ def plot(source: Path, picture: Path | None, console: Console) -> None:
     if picture:
         _check_png(picture)
     devices = [device for device in read_devices(source) if device.samples]
-    if not devices:
-        raise UserError(f"{source} has no samples to draw: it was measured where no device could be read")
     if results_files(source):
         analysis = load_analysis(source)
     else:
         analysis = analyze(Run(name=source.name, clock=Clock(0, 0), config={}, host={}, versions={}, devices=devices))
+    if not charts.monitored(analysis, devices).drawable:
+        raise UserError(f"{source} has no samples to draw: it was measured where no device could be read")
     picture = picture or (source / "devices.png" if source.is_dir() else source.with_suffix(".png"))
     write_whole(picture, mpl.chart_picture(lambda: charts.monitored(analysis, devices), 15, lambda rows: 10))
     tables.say(console, f"drawn: {picture}")
@@ -301,11 +301,14 @@ def read_devices(source: Path) -> list[DeviceRecord]:
         if results_files(source):
             return load_run(source).devices  # all of one run
         return [device for file in files for device in load_devices(file)]
-    if source.suffix != ".csv":
+    if source.suffix.lower() != ".csv":
         return load_devices(source)
     devices: dict[str, DeviceRecord] = {}
     try:
-        for row in csv.DictReader(read_whole(source).decode().splitlines()):
+        rows = csv.DictReader(read_whole(source).decode("utf-8-sig").splitlines())
+        if missing := {"device", "kind", "name", "t_s"}.difference(rows.fieldnames or ()):
+            raise ValueError(f"no column {' or '.join(sorted(missing))}, commas between columns")
+        for row in rows:
             cells: dict[str, Any] = {k: v for k, v in row.items() if k in DeviceSample.__struct_fields__ and v}
             if "throttle" in cells:
                 cells["throttle"] = cells["throttle"].split()

@@ -80,7 +80,7 @@ def test_second_monitor_into_a_file_is_refused_and_another_file_beside_it_is_not
 def test_csv_comes_back_as_it_went(nvml_library: Path, tmp_path: Path) -> None:
     records: list[DeviceRecord] = sampled(nvml_library, 2.0, {"decode": [0]}, fail="0:DeviceGetTemperature:3")
     path = tmp_path / "power.csv"
-    path.write_bytes(as_csv(records))
+    path.write_bytes(b"\xef\xbb\xbf" + as_csv(records))  # as spreadsheets save it
     [back] = read_devices(path)
     assert [sample.power_w for sample in back.samples] == [sample.power_w for sample in records[0].samples]
     assert back.samples[0].temperature_c is None
@@ -96,7 +96,9 @@ def test_csv_comes_back_as_it_went(nvml_library: Path, tmp_path: Path) -> None:
         (["monitor", "--duration", "-1"], "a number above 0"),
         (["plot", "nowhere.json"], "no file nowhere.json"),
         (["plot", "nowhere.csv"], "no file nowhere.csv"),
-        (["plot", "wrong.csv"], "is not monitor's CSV"),
+        (["plot", "wrong.csv"], "is not monitor's CSV (no column device or kind or name or t_s"),
+        (["plot", "semicolons.CSV"], "commas between columns"),
+        (["plot", "empty.csv"], "has no samples to draw"),
         (["plot", "wrong.json"], "holds no device samples"),
         (["plot", "."], "no *_gpu_data.json"),
     ],
@@ -109,6 +111,8 @@ def test_wrong_input_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "wrong.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "semicolons.CSV").write_text("device;kind;name;t_s\ng;gpu;G;1\n")
+    (tmp_path / "empty.csv").write_text("device,kind,name,t_s,power_w\nhost,cpu,X,0,\nhost,cpu,X,1,\n")
     (tmp_path / "wrong.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
