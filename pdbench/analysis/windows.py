@@ -114,10 +114,10 @@ def filling_share(lasted_s: Array, amount: Array, start_s: float, end_s: float) 
 
 
 def rate_uncertain(run: Run, timings: Timings) -> Iterator[Flag]:
-    """A steady rate or a closed loop whose random arrivals and lengths make few requests' figures a matter of luck. Of n independent intervals,
+    """A steady rate or a closed loop whose random arrivals and lengths make few requests' figures a matter of chance. Of n independent intervals,
     the ends in them have the relative standard error std / sqrt(n) of the intervals over their mean, and tokens/s of tokens less intervals, each
     over its mean (Cox, Renewal Theory, 1962). At a rate, intervals lie between arrivals, and no tokens change them. In a closed loop they are
-    rounds of its streams, in which servers may have worked on any of the requests; what equal lengths leave to chance is not the seed's."""
+    rounds of its streams, in which servers may have worked on any of the requests, or with few rounds the requests' own times; what equal lengths leave to chance is not the seed's."""
     load, requests = run.config.get("load") or {}, timings.requests
     if load.get("ramp_to") or load.get("phase") == "decode" or (is_open_loop(load) and not load.get("rate")):
         return
@@ -139,15 +139,18 @@ def rate_uncertain(run: Run, timings: Timings) -> Iterator[Flag]:
         of_requests = intervals.std() * outside**0.5
         number, of_tokens = ended, np.hypot(of_requests, of_lengths)
     else:
-        edges_s = [
-            _rounds(requests.end_s[ok], window, load.get("concurrency") or 1, ended) for window in timings.windows
-        ]
+        streams = load.get("concurrency") or 1
+        edges_s = [_rounds(requests.end_s[ok], window, streams) for window in timings.windows]
         intervals = _over_mean(np.concatenate([np.diff(edges) for edges in edges_s]))
-        if len(intervals) < 2:
-            return
-        token_s, weight = timings.arrivals.token_s, timings.arrivals.weight
-        came = [np.histogram(token_s, edges, weights=weight)[0] for edges in edges_s]
-        number, tokens = len(intervals) - 1, _over_mean(np.concatenate(came))
+        if len(intervals) >= FEW_ROUNDS:
+            token_s, weight = timings.arrivals.token_s, timings.arrivals.weight
+            came = [np.histogram(token_s, edges, weights=weight)[0] for edges in edges_s]
+            number, tokens = len(intervals) - 1, _over_mean(np.concatenate(came))
+        else:  # parts of rounds would differ where streams stay in step; each request's time is its stream's interval
+            intervals, tokens = (
+                _over_mean(each[ok]) for each in (requests.end_s - requests.sent_s, requests.output_tokens)
+            )
+            number = ended
         most = (of_lengths + of_prompts) * (number / ended) ** 0.5
         of_requests, of_tokens = min(most, intervals.std()), min(most, (tokens - intervals).std())
     requests_pct, tokens_pct = 100 * of_requests / number**0.5, 100 * of_tokens / number**0.5
@@ -159,11 +162,10 @@ def rate_uncertain(run: Run, timings: Timings) -> Iterator[Flag]:
         )
 
 
-def _rounds(end_s: Array, window: Interval, streams: int, ended: int) -> Array:
-    """The edges of a window's rounds, in each of which as many requests end as there are streams; where these are few, of shorter ones."""
+def _rounds(end_s: Array, window: Interval, streams: int) -> Array:
+    """The edges of a window's rounds, in each of which as many requests end as there are streams."""
     ends = np.sort(end_s[inside(end_s, [window])])
-    size = max(1, min(streams, ended // FEW_ROUNDS))
-    return np.concatenate([window[:1], ends[size - 1 :: size]])
+    return np.concatenate([window[:1], ends[streams - 1 :: streams]])
 
 
 def _over_mean(values: Array) -> Array:

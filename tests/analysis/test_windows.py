@@ -128,6 +128,8 @@ def test_equal_lengths_in_a_closed_loop_and_many_requests_are_not_said_to_be_unc
     for seed in range(20):
         assert not flags(closed_run(streams, count, seed, 0.0, 0.0, 0.2, noise=0.7), "rate-uncertain")
     assert not flags(closed_run(streams, 1, 0, 0.0, 0.0, 0.2), "rate-uncertain")
+    # Prompts of unequal lengths that cost nothing: the streams stay in step, and no seed changes that.
+    assert not flags(closed_run(4, 16, streams, 0.0, 1.0, 0.0), "rate-uncertain")
     assert not flags(closed_run(streams, 400, 1, 0.7, 0.7, 0.2), "rate-uncertain")
 
 
