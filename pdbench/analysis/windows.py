@@ -9,6 +9,8 @@ from pdbench.config import is_open_loop
 from pdbench.records import Flag, Interval, Run
 
 FEW_SHARE = 0.1
+CUT_SHARE = 0.05
+"""The same of a closed loop's window that begins and ends anywhere (--steady-s), and so cuts rounds of streams that stay in step."""
 OPEN_WINDOWS = ("completion to completion", "first completion")
 """What the windows of open loops are called, now and before."""
 FEW_ENDED = 8
@@ -34,12 +36,14 @@ def few_per_stream(run: Run, timings: Timings) -> Iterator[Flag]:
         here_s = np.minimum(requests.end_s, end) - np.maximum(requests.sent_s, start)
         worked += float(np.nansum((np.maximum(here_s, 0.0) / lasted_s)[requests.ok]))
         ended += int(np.count_nonzero(requests.ok & inside(requests.end_s, [(start, end)])))
-    if worked and abs(worked - ended) > FEW_SHARE * worked:
+    steady = load.get("steady_s")
+    if worked and abs(worked - ended) > (CUT_SHARE if steady else FEW_SHARE) * worked:
         off_pct = 100 * abs(1 - ended / worked)
+        remedy = "--steady-s" if steady else "--requests, ten per stream or more"
         yield Flag(
             "few-per-stream",
             f"{ended} requests ended in the windows, {worked:.0f} requests' work was done there: requests/s, goodput and energy per request are "
-            f"off by {off_pct:.0f} %, tokens/s are not; raise --requests, ten per stream or more",
+            f"off by {off_pct:.0f} %, tokens/s are not; raise {remedy}",
         )
         return
     streams, order = load.get("concurrency") or 1, np.argsort(requests.sent_s)

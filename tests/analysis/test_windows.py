@@ -184,3 +184,14 @@ def test_few_ends_in_a_steady_window_are_flagged(steady_s, few):
     window_is = f"the {steady_s:g} s through which the load held steady"
     run.trials = [Trial(index=0, start_s=8.0, end_s=8.0 + steady_s, client={"window": window_is})]
     assert bool(flags(run, "ramps-in-window")) == few
+
+
+@pytest.mark.parametrize(("until_s", "off"), [(3.2, True), (12.81, False)])
+def test_steady_window_that_cuts_rounds_of_streams_in_step_is_flagged(until_s, off):
+    """4 streams of 0.63 s: 20 ends in 4.6 rounds are 9 % too many requests/s, which had no flag."""
+    run = closed_run(4, 100, 1, 0.0, 0.0, 0.0)
+    run.config["load"]["steady_s"] = 2.0
+    run.trials = [Trial(index=0, start_s=0.3, end_s=until_s, client={"window": "steady"})]
+    found = flags(run, "few-per-stream")
+    assert bool(found) == off
+    assert all(flag.detail.endswith("raise --steady-s") for flag in found)
