@@ -211,10 +211,19 @@ def bench(
         _save(run, folder, runs)
 
 
-def check_answers(url: str, points: Iterable[Options]) -> None:
-    """Raises UserError when nothing answers at `url`, before many loads are sent there."""
-    for model, verify_tls in {(options.serve.model, options.load.tls_verify) for options in points}:
-        offered_model(url, model, verify_tls=verify_tls)
+def served_models(url: str, points: Iterable[Options]) -> dict[str | None, str]:
+    """The model that `bench` would measure at `url`, by the option --model.
+
+    Raises UserError when nothing answers there, before many loads are sent.
+    """
+    models: dict[str | None, str] = {}
+    for model, verify_tls, log_dir in {
+        (options.serve.model, options.load.tls_verify, options.serve.log_dir) for options in points
+    }:
+        offered = offered_model(url, model, verify_tls=verify_tls)
+        info = deployments.find(Path(log_dir), url)
+        models[model] = info.model_name if info else offered
+    return models
 
 
 def _check_options(site: Site, options: Options, console: Console) -> None:

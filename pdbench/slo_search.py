@@ -17,7 +17,7 @@ import numpy as np
 from msgspec import structs
 from rich.console import Console
 
-from pdbench import sweep
+from pdbench import identity, sweep
 from pdbench.analysis.metrics import timings_of
 from pdbench.analysis.run_analysis import load_analysis
 from pdbench.analysis.slo import SLO
@@ -137,11 +137,15 @@ def start(out: Path, command: Mapping[str, Any], goal: Goal, load: LoadConfig) -
     except FileNotFoundError:
         return document, []
     saved.command.setdefault("machine", document.command.get("machine"))  # before it was recorded
+    measured = [each.command.get("measured") or [] for each in (saved, document)]
+    saved.command |= {"measured": measured[1]} if measured[1] else {}  # it is compared below
     before, now = ({key: getattr(each, key) for key in ("command", "slo", "attain_pct")} for each in (saved, document))
     if saved.points and (differs := sweep.differences(before, now)):
         raise UserError(
             f"{out} holds a search with other options or on another machine ({differs}): repeat its command, or give another --out"
         )
+    if saved.points and (other := next(filter(None, map(identity.changed, *measured)), "")):
+        raise UserError(f"{out} {other}, or give another --out")
     return document, saved.points
 
 

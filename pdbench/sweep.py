@@ -17,6 +17,7 @@ import cyclopts
 from rich.console import Console
 from rich.markup import escape
 
+from pdbench import identity
 from pdbench.config import LoadConfig, Options, ServerConfig
 from pdbench.errors import NOT_JSON, StartError, UserError, WriteError
 from pdbench.files import begin_again, check_name, check_writable, holds, results_files, run_ids, write_whole
@@ -152,15 +153,16 @@ def run(
     console: Console,
     context: Mapping[str, Any] | None = None,
     parts: Sequence[str] = ("",),
+    models: Mapping[str | None, str] | None = None,
 ) -> Iterator[tuple[Mapping[str, Any], list[Path]]]:
     """Measure the points that are not yet in `out`; yields every point's varied options and results folders, as they are measured.
 
     `measure(options, folder, part)` measures one of `parts` of a point (a deployment, or "" for the point as a whole) and returns its
     results folders. Each part goes through all points with the same options of serving before the next does, so that servers need few
     starts; servers that did not start for one point are not started for its others. `context` is what is measured beside the options, as
-    the deployments. What fails is reported and left out; the others go on.
+    the deployments; `models` what a server that runs offers, by the option --model. What fails is reported and left out; the others go on.
     Raises UserError at the end when something failed, and before anything is measured when `out` has a point of another context, of
-    other options, or of another host, other GPUs or other versions.
+    other options, of another model, or of another host, other GPUs or other versions.
 
     All points have one nonce, also when the sweep is resumed. Where points share a server, whose cache knows what was sent ("url" in
     `context`, or parts), a point's nonce is this one with the point's name, and another draw for a point of a "url" that is
@@ -175,7 +177,12 @@ def run(
     steps = [(point, part) for group in groups.values() for part in parts for point in group]
     # What a point.json must say for its point to count, as it is read back: tuples are lists.
     fixed = {"context": context, "machine": machine.own_identity()}
-    wanted = [json.loads(json.dumps(fixed | {"options": point.options.plain()})) for point, _ in steps]
+    wanted = [
+        json.loads(
+            json.dumps(fixed | {"options": point.options.plain(), "measured": measured_of(point.options, models)})
+        )
+        for point, _ in steps
+    ]
     results = [_results(out / point.name, keys, part) for (point, part), keys in zip(steps, wanted, strict=True)]
     write_whole(out / _SWEEP, json.dumps({"nonce": nonce}).encode())
     spent_s: list[float] = []
@@ -229,6 +236,11 @@ def run(
         raise UserError(
             f"{count} of the sweep failed: read the lines above; what was saved lies in {out}, the same command tries again"
         )
+
+
+def measured_of(options: Options, models: Mapping[str | None, str] | None) -> dict[str, Any]:
+    """What a point's options do not say of what it measures; compared by `identity.changed`."""
+    return {"model": (models or {}).get(options.serve.model)}
 
 
 def _done(part: str) -> str:
@@ -307,10 +319,14 @@ def _results(folder: Path, keys: dict[str, Any], part: str) -> list[Path] | None
         return None
     done, folders = found
     done.setdefault("machine", keys["machine"])  # before it was recorded
+    before, now = done.get("measured") or {}, keys["measured"]
+    done["measured"] = now  # it is compared below
     if differs := differences({key: done.get(key) for key in keys}, keys):
         raise UserError(
             f"{folder} was measured with other options or on another machine ({differs}): repeat its command there, give another --out, or delete {folder}"
         )
+    if other := identity.changed(before, now):
+        raise UserError(f"{folder} {other}, give another --out, or delete {folder}")
     return folders
 
 

@@ -238,13 +238,12 @@ def sweep(
     nodes = cluster and asdict(cluster)
     together = against if url is None and fresh_servers else None  # else each deployment of a point is kept apart
     context = {"against": together, "url": url, "trials": trials, "cluster": nodes}
-    if url is not None:
-        experiment.check_answers(url, [point.options for point in points])
+    models = experiment.served_models(url, [point.options for point in points]) if url is not None else None
     with servers_stay(cluster, out, live, lambda: sweep.saved(out)) as (site, servers):
         for point in points:
             site.check_load(point.options.load)
             site.check_gpus(point.options.serve, running=url is not None)
-        measured = sweep.run(points, out, measure, console, context, parts)
+        measured = sweep.run(points, out, measure, console, context, parts, models)
         with text.language(lang):
             rows = sweeps.present(measured, out, console, progress)
     for varied, analysis in rows:

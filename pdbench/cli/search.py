@@ -85,9 +85,10 @@ def search(
     for point in points:
         slo_search.check(point.options.load, point.varied)
     check_loads([replace(point.options.load, rate=1.0) for point in points])
+    models = None
     if url is not None:
         sweep.check_running(points, against)
-        experiment.check_answers(url, [point.options for point in points])
+        models = experiment.served_models(url, [point.options for point in points])
     with servers_stay(cluster, out, live, lambda: slo_search.saved(out)) as (site, servers):
         for point in points:
             site.check_gpus(point.options.serve, running=url is not None)
@@ -117,6 +118,7 @@ def search(
         nodes = cluster and asdict(cluster)
         command = {"url": url, "cluster": nodes, "options": [each.options.plain() for each in deployments]}
         command["machine"] = machine.own_identity()
+        command["measured"] = [sweep.measured_of(each.options, models) for each in deployments]
         document, earlier = slo_search.start(out, command, goal, points[0].options.load)
         try:
             slo_search.find(deployments, goal, out, progress, document, earlier)

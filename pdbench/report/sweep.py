@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from rich.console import Console
 
-from pdbench.analysis.compare import check_alike
+from pdbench.analysis.compare import check_alike, mismatches_of
 from pdbench.analysis.run_analysis import RunAnalysis, load_analysis
 from pdbench.config import DeploymentKind
 from pdbench.errors import UserError
@@ -34,12 +34,16 @@ def present(
     measured: Iterable[tuple[Mapping[str, Any], Sequence[Path]]], out: Path, console: Console, progress: Console
 ) -> list[Row]:
     """Take (varied options, results folders) as they come; show and draw each once, keep table and curves in `out` up to date, show
-    these at the end."""
+    these at the end. Raises UserError for a point that was not measured as the first was."""
     rows: list[Row] = []
+    first: tuple[Path, Row] | None = None
     due_s = 0.0
     try:
         for varied, folders in measured:
             analyses = {folder: load_analysis(folder) for folder in folders}
+            for folder, analysis in analyses.items():
+                first = first or (folder, (varied, analysis))
+                _check_points(first, (folder, (varied, analysis)))
             rows += [(varied, analysis) for analysis in analyses.values()]
             for folder, analysis in analyses.items():
                 if not commands.picture_of(folder, analysis.name).exists():
@@ -89,12 +93,14 @@ def joined(
     """The runs of all points of saved sweeps, by the sweeps' folders, each sweep's by deployment and values; deployments of one name in several of
     them get their instances' number (2P2D) or the folder's name. And what else differs between the first sweep and another.
 
-    Raises UserError where the sweeps vary other options, or their requests, GPUs, hosts or models are not the same.
+    Raises UserError where the sweeps vary other options, or their requests, GPUs, hosts or models are not the same, also within one.
     """
-    rows = {
-        sweep: [(varied, load_analysis(folder)) for varied, folders in points for folder in folders]
-        for sweep, points in sweeps.items()
-    }
+    rows: dict[Path, list[Row]] = {}
+    for sweep, points in sweeps.items():
+        read = [(folder, (varied, load_analysis(folder))) for varied, folders in points for folder in folders]
+        for point in read:
+            _check_points(read[0], point)
+        rows[sweep] = [row for _folder, row in read]
     kinds = [*get_args(DeploymentKind)]
     for of in rows.values():
         of.sort(
@@ -128,6 +134,25 @@ def joined(
         for sweep, of in rows.items()
         for varied, run in of
     ], differing
+
+
+def _check_points(a: tuple[Path, Row], b: tuple[Path, Row]) -> None:
+    """Raises UserError for runs of one sweep that were not measured alike, but for what it varies."""
+    (left, (varied, run)), (right, (_varied, other)) = a, b
+    # Warm-up and requests are counted when a load begins, by what is varied; a calibration varies the load as a whole.
+    may_differ = {"warmup", "requests", *(key.rpartition(".")[2] for key in varied)}
+    if any(gpu.get("uuid") for gpu in run.host.get("gpus") or ()):
+        may_differ.add("host")  # a container's name may change; its GPUs are compared
+    others = [
+        str(each)
+        for each in mismatches_of(run, other)
+        if (each.refused or each.what.startswith("load, slo_")) and may_differ.isdisjoint(each.what.split(", "))
+    ]
+    if others:
+        raise UserError(
+            f"{left} and {right} of one sweep were not measured alike ({'; '.join(others)}): report them apart, or delete the wrong "
+            "point's folder and repeat the sweep's command"
+        )
 
 
 def table(rows: Sequence[Row]) -> tables.Table:

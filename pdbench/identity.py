@@ -1,0 +1,12 @@
+"""What must stay the same, beside options and machine, for measurements to be put together: the model that a server offers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What was measured before that is not what would be measured now, with the remedy; empty where nothing known of both differs."""
+    model, offered = before.get("model"), now.get("model")
+    if model and offered and model != offered:
+        return f"was measured of {model}, the server offers {offered}: serve {model} again"
+    return ""
