@@ -19,6 +19,7 @@ from pdbench.files import check_writable, results_files, save_somewhere
 from pdbench.http import get, offered_model
 from pdbench.live import publisher
 from pdbench.load import plan
+from pdbench.load.contents import contents_of
 from pdbench.load.input_files import span
 from pdbench.power import clocks
 from pdbench.power.idle import Idle, idle_before_start
@@ -257,7 +258,7 @@ def _check_lengths(load: LoadConfig, max_model_len: int | None) -> None:
 
 def _new_run(info: DeploymentInfo, clock: Clock, options: Options) -> Run:
     config = options.plain() | {"serve": info.config or None, "url": info.url, "model": info.model_name}
-    config["inputs"] = plan.describe_files(options.load)
+    config |= {"inputs": plan.describe_files(options.load), "contents": contents_of(options.load)}
     run = Run(
         name=info.name,
         clock=clock,

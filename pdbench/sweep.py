@@ -22,6 +22,7 @@ from pdbench.config import LoadConfig, Options, ServerConfig
 from pdbench.errors import NOT_JSON, StartError, UserError, WriteError
 from pdbench.files import begin_again, check_name, check_writable, holds, results_files, run_ids, write_whole
 from pdbench.live import publisher
+from pdbench.load.contents import contents_of
 from pdbench.load.input_files import span
 from pdbench.serving import machine
 
@@ -162,7 +163,7 @@ def run(
     starts; servers that did not start for one point are not started for its others. `context` is what is measured beside the options, as
     the deployments; `models` what a server that runs offers, by the option --model. What fails is reported and left out; the others go on.
     Raises UserError at the end when something failed, and before anything is measured when `out` has a point of another context, of
-    other options, of another model, or of another host, other GPUs or other versions.
+    other options, of another model or input file, or of another host, other GPUs or other versions.
 
     All points have one nonce, also when the sweep is resumed. Where points share a server, whose cache knows what was sent ("url" in
     `context`, or parts), a point's nonce is this one with the point's name, and another draw for a point of a "url" that is
@@ -240,7 +241,7 @@ def run(
 
 def measured_of(options: Options, models: Mapping[str | None, str] | None) -> dict[str, Any]:
     """What a point's options do not say of what it measures; compared by `identity.changed`."""
-    return {"model": (models or {}).get(options.serve.model)}
+    return {"model": (models or {}).get(options.serve.model), "contents": contents_of(options.load)}
 
 
 def _done(part: str) -> str:

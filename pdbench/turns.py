@@ -11,12 +11,13 @@ import msgspec
 from rich.console import Console
 from rich.markup import escape
 
-from pdbench import failures, sweep
+from pdbench import failures, identity, sweep
 from pdbench.analysis.flags import DERIVED
 from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.live import publisher, terminal
 from pdbench.load import plan
+from pdbench.load.contents import contents_of
 from pdbench.load.input_files import span
 from pdbench.power.idle import ENGINE_READY, Idle
 from pdbench.records import Clock, Flag, Gate, RequestRecord, Run, load_run
@@ -228,7 +229,7 @@ def saved_runs(
 ) -> dict[DeploymentKind, Run]:
     """The runs to go on with. Turns that Ctrl-C or a death cut short are left out, to be measured again.
 
-    Raises UserError for those of another command, host or version, or other GPUs: their trials would be taken for the same.
+    Raises UserError for those of another command, input file, host or version, or other GPUs: their trials would be taken for the same.
     """
     runs: dict[DeploymentKind, Run] = {}
     for kind, folder in folders.items():
@@ -250,6 +251,9 @@ def saved_runs(
             raise UserError(
                 f"--resume: {folder} holds a run with other options: repeat its command, or give another --out"
             )
+        contents = {"contents": contents_of(options.load)}
+        if other := identity.changed({"contents": run.config.get("contents")}, contents):
+            raise UserError(f"--resume: {folder} {other}, or give another --out")
         was = machines.identity(run.host, run.versions)
         if differs := sweep.differences(was, machines.own_identity(run.host)):
             raise UserError(

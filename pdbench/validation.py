@@ -173,6 +173,7 @@ def _check_config(run: "Run", path: Path) -> None:
     from pdbench.config import LoadConfig, PowerConfig
 
     kinds = {"load": LoadConfig, "power": PowerConfig, "serve": dict, "inputs": list[str], "clocks_held": list[dict]}
+    kinds["contents"] = dict[str, str]
     facts = [(f"config.{name}", run.config.get(name), kind) for name, kind in kinds.items()]
     for name, value, kind in [*facts, ("host.gpus", run.host.get("gpus"), list[_Gpu])]:
         try:

@@ -1,15 +1,27 @@
-"""What a resumed sweep or search compares beside options: the model that a server offers."""
+"""What a resumed measurement compares beside options: the model that a server offers, the contents of input files."""
 
+import hashlib
 import json
+import os
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from pdbench.records import load_run
+from pdbench import experiment
+from pdbench.config import LoadConfig, PairConfig
+from pdbench.errors import UserError
+from pdbench.load.contents import contents_of
+from pdbench.records import Run, load_run, save_run
+from tests.support import sites
 from tests.support.processes import call_pdbench
 from tests.support.servers import Peer, ScriptedServer, completions, refusal
+from tests.support.sites import gates_fixture
+
+__all__ = ["gates_fixture"]
 
 LOAD = ["--no-power", "--output-tokens", "4", "--warmup", "1", "--canaries", "0", "--out", "out"]
 SWEEP = ["sweep", *LOAD, "--requests", "4", "--vary"]
@@ -104,3 +116,75 @@ def test_search_of_another_model_is_not_resumed(tmp_path: Path) -> None:
         server.offered = ["model-b"]
         assert "out was measured of model-a, the server offers model-b: serve model-a again" in server.refuses(*command)
         assert (tmp_path / "out" / "search.json").read_bytes() == kept
+
+
+def test_sweep_with_another_prompt_file_of_the_same_name_is_not_resumed(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("Which river is the longest?\n\nWhich is the shortest?")
+    command = [*SWEEP[:-1], "--prompt-file", file.name, "--vary", "concurrency=1,2"]
+    with Server(tmp_path, "m") as server:
+        assert server.measure(*command).returncode == 0
+        kept = file.read_text()
+        file.write_text(kept.replace("river", "ocean"))
+        told = server.refuses(*command)
+        assert "concurrency=1 was measured with other contents of --prompt-file (" in told
+        assert "): put that file back, give another --out, or delete " in told
+        file.write_text(kept)
+        sent = server.sent
+        assert server.measure(*command).returncode == 0 and server.sent == sent
+        file.write_text(kept.replace("river", "ocean"))
+        forget(tmp_path / "out", "measured")
+        assert server.measure(*command).returncode == 0 and server.sent == sent
+
+
+def test_files_that_a_sweep_varies_are_compared_each_with_its_own(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).write_text(f"Which river is {name}?\n\nWhich is the shortest?")
+    with Server(tmp_path, "m") as server:
+        assert server.measure(*SWEEP, "prompt_file=a,b").returncode == 0
+        sent = server.sent
+        assert server.measure(*SWEEP, "prompt_file=a,b").returncode == 0 and server.sent == sent
+        (tmp_path / "b").write_text("Another one?")
+        assert "prompt_file=b was measured with other contents" in server.refuses(*SWEEP, "prompt_file=a,b")
+
+
+def test_search_with_another_prompt_file_of_the_same_name_is_not_resumed(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("Which river is the longest?\n\nWhich is the shortest?")
+    with Server(tmp_path, "m") as server:
+        command = [*SEARCH, "--max-minutes", "0.1", "--prompt-file", "prompts.txt"]
+        server.measure(*command)
+        (tmp_path / "prompts.txt").write_text("Another one?")
+        assert "out was measured with other contents of --prompt-file (" in server.refuses(*command)
+
+
+@pytest.mark.usefixtures("gates")
+def test_run_with_another_prompt_file_of_the_same_name_is_not_resumed(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("Which river is the longest?\n\nWhich is the shortest?")
+    options = replace(sites.OPTIONS, load=replace(sites.OPTIONS.load, prompt_file=str(file)))
+    site, runs, results = sites.FakeSite(lambda number: sites.measured(number - 1)), dict[Path, Run](), "single_results"
+
+    def measure(pairs: int) -> None:
+        design = PairConfig(pairs=pairs, resident=False, resume=True)
+        experiment.run(["single"], design, options, tmp_path, Console(quiet=True), site, runs)
+
+    measure(1)
+    run = load_run(tmp_path / results)
+    assert run.config["contents"] == contents_of(options.load) != {}
+    file.write_text("Another one?")
+    with pytest.raises(UserError, match=rf"--resume: .*{results} was measured with other contents of --prompt-file \("):
+        measure(2)
+    del run.config["contents"]  # as an older pdbench saved it
+    save_run(run, tmp_path / results)
+    measure(2)
+    assert len(load_run(tmp_path / results).trials) == 2
+
+
+def test_contents_are_of_regular_files_that_are_here(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "trace").write_text("rows")
+    os.mkfifo(tmp_path / "pipe")
+    found = contents_of(LoadConfig(trace=str(tmp_path / "trace"), tokenizer=str(tmp_path)))
+    assert found["trace"] == hashlib.blake2b(b"rows", digest_size=8).hexdigest() and [*found] == ["trace", "tokenizer"]
+    assert contents_of(LoadConfig(prompt_file=str(tmp_path / "pipe"), tokenizer="org/model")) == {}
+    assert contents_of(LoadConfig(trace=str(tmp_path / "none"))) == {}

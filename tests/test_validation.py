@@ -112,6 +112,7 @@ RESULTS: list[tuple[Change, str]] = [
     (lambda run: run["config"]["load"].update(rate={}), "config.load: rate: a value there is no number"),
     (lambda run: run["config"]["load"].update(endpoint=[]), "config.load: endpoint: a value there is no text"),
     (lambda run: run["config"].update(inputs=3), "config.inputs: 3 is no list"),
+    (lambda run: run["config"].update(contents=3), "config.contents: 3 is no "),
     (lambda run: run["host"].update(gpus=["H200"]), r'host.gpus: \[0\]: "H200" is no object'),
     (lambda run: run.update(schema="pdbench/9"), "has schema pdbench/9"),
     (lambda run: run.update(schema=None), "has schema"),

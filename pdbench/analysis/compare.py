@@ -220,7 +220,7 @@ def _starts(a: RunAnalysis, b: RunAnalysis) -> Starts:
 
 
 def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
-    """Every difference of schema, host, GPUs, driver, model, load, and of a host's GPUs if all are others (refused); of settings, SLO, versions,
+    """Every difference of schema, host, GPUs, driver, model, load, contents of its files, and of a host's GPUs if all are others (refused); of settings, SLO, versions,
     lengths and which of a host's GPUs were used (noted)."""
     sides, lengths = [], []
     versions = ("pdbench",) if is_foreign(a) or is_foreign(b) else NOTED_VERSIONS  # a foreign server's are not known
@@ -246,6 +246,11 @@ def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
         for what, left, right in zip(("prompt", "output"), *lengths, strict=True)
         if left and right and max(left, right) > (1 + NOTABLE) * min(left, right)
     ]
+    files, others = ((run.config.get("load") or {}, run.config.get("contents") or {}) for run in (a, b))
+    for option in sorted(files[1].keys() & others[1].keys()):
+        if (path := files[0].get(option)) == others[0].get(option) and files[1][option] != others[1][option]:
+            what = f"load, contents of {Path(str(path)).name}"  # files of other names differ by these
+            differing.append(Mismatch(what, files[1][option], others[1][option], refused=True))
     a_has, b_has = ({gpu["uuid"] for gpu in run.host.get("gpus") or [] if gpu.get("uuid")} for run in (a, b))
     if a_has and b_has and not a_has & b_has:  # hosts may have one name
         differing.append(Mismatch("GPUs of the host", ", ".join(sorted(a_has)), ", ".join(sorted(b_has)), refused=True))

@@ -11,7 +11,7 @@ from pdbench.analysis.run_analysis import Figure, analyze
 from pdbench.analysis.significance import effect, holm
 from pdbench.errors import UserError
 from pdbench.records import Clock
-from pdbench.report import answer
+from pdbench.report import answer, text
 from tests.support.runs import build_run
 
 ENERGY = METRICS["j_per_output_token"]
@@ -285,6 +285,22 @@ def test_other_lengths_caps_and_files_are_noted():
         "power, decode_power_cap: none against 400",
         "input files: trace t: 16 of 16 rows against trace t: 16 of 99 rows",
     }
+
+
+def test_other_contents_of_a_file_of_one_name_are_refused() -> None:
+    load = {"concurrency": 1, "requests": 16, "output_tokens": 64, "prompt_file": "loads/chat.jsonl"}
+    a, b = build_run("single", load=load), build_run(load=load)
+    a.config["contents"] = {"prompt_file": "a1"}
+    assert compare_runs(a, b).mismatches == []  # b was saved before contents were
+    b.config["contents"] = {"prompt_file": "b2", "tokenizer": "c3"}
+    with pytest.raises(UserError, match=r"load, contents of chat.jsonl.*--anyway"):
+        compare_runs(a, b)
+    (found,) = compare_runs(a, b, anyway=True).mismatches
+    assert str(found) == "load, contents of chat.jsonl: a1 against b2" and found.refused
+    with text.language("zh"):
+        assert text.translate(str(found)) == "负载，chat.jsonl 的内容：a1 与 b2"
+    b.config["load"]["prompt_file"] = "loads/other.jsonl"
+    assert [each.what for each in compare_runs(a, b, anyway=True).mismatches] == ["load, prompt_file"]
 
 
 @pytest.mark.parametrize(
