@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypeVar, TypeVarTuple
 
 import msgspec
 
@@ -36,6 +36,8 @@ _SECRETS = (
     "PDBENCH_PROXY_ADMIN_KEY",
     "PDBENCH_UPSTREAM_API_KEY",
 )
+R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
 
 
 class RemoteHost:
@@ -87,11 +89,11 @@ class RemoteHost:
         del self._messages[: len(messages)]  # the heartbeat's thread may have appended more
         return messages
 
-    def call(self, method: str, *arguments: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+    def call(self, method: Callable[[RayHost, *Ts], R], *arguments: *Ts, timeout_s: float = CALL_TIMEOUT_S) -> R:
         """Raises the actor's UserError with the node's address, HostLostError when it is gone."""
         from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-        reference = getattr(self.handle, method).remote(*arguments)
+        reference = getattr(self.handle, method.__name__).remote(*arguments)
         deadline_s = time.monotonic() + timeout_s
         while True:
             try:
@@ -111,18 +113,18 @@ class RemoteHost:
                 ) from None
 
     def setup(self, kind: DeploymentKind, config: ServeConfig) -> Setup:
-        return self.call("setup", kind, config, timeout_s=config.start_timeout_s)
+        return self.call(RayHost.setup, kind, config, timeout_s=config.start_timeout_s)
 
     def plan(
         self, specs: Sequence[ServerSpec], config: ServeConfig, setup: Setup, servers: Sequence[Command] = ()
     ) -> list[Command]:
-        return self.call("plan", specs, config, setup, servers, timeout_s=config.start_timeout_s)
+        return self.call(RayHost.plan, specs, config, setup, servers, timeout_s=config.start_timeout_s)
 
     def port_owner(self, address: str, port: int) -> str | None:
-        return self.call("port_owner", address, port)
+        return self.call(RayHost.port_owner, address, port)
 
     def start(self, commands: Sequence[Command], log_dir: str, secrets: Secrets) -> dict[str, int]:
-        return self.call("start", commands, log_dir, secrets)
+        return self.call(RayHost.start, commands, log_dir, secrets)
 
     def state(self, name: str) -> ServerState:
         """As of the last heartbeat."""
@@ -133,13 +135,13 @@ class RemoteHost:
 
     def log_lines(self, name: str) -> list[LogLine]:
         try:
-            return self.call("log_lines", name)
+            return self.call(RayHost.log_lines, name)
         except HostLostError:
             return []
 
     def start_measuring(self, servers: Sequence[ServerInfo], interval_s: float | None) -> None:
         self.take_messages()  # of an earlier measurement
-        self.call("start_measuring", servers, interval_s)
+        self.call(RayHost.start_measuring, servers, interval_s)
 
     def latest(self) -> list[DeviceRecord]:
         """As of the last heartbeat that brought some."""
@@ -150,11 +152,11 @@ class RemoteHost:
         return []
 
     def idle(self, kind: str, seconds: float) -> None:
-        self.call("idle", kind, seconds)
+        self.call(RayHost.idle, kind, seconds)
 
     def stop_measuring(self) -> None:
         """Returns when the last batch is here."""
-        self.call("stop_measuring")
+        self.call(RayHost.stop_measuring)
         # One heartbeat may have been under way: the reply to the second one began after the end.
         for _ in range(2):
             last_s, self._due_s = self.last_reply_s, 0.0
@@ -252,7 +254,7 @@ class Cluster:
         """Node address -> the one host there that measures; missing ones are started at once, their clocks compared."""
         missing = [node for node in dict.fromkeys(nodes) if node.address not in self._agents]
         agents = [self.host(f"agent on {node.address}", node) for node in missing]
-        for agent, facts in zip(agents, at_once([partial(agent.call, "facts") for agent in agents]), strict=True):
+        for agent, facts in zip(agents, at_once([partial(agent.call, RayHost.facts) for agent in agents]), strict=True):
             address = agent.node.address
             self.clocks[address] = clock_sync.NodeClock(same=facts.pop("clock") == clock_sync.identity())
             self._agents[address], self.facts[address] = agent, facts

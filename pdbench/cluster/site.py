@@ -226,7 +226,7 @@ class RaySite(Cluster, Site):
         for index, (host, offset_s) in enumerate(zip(hosts, offsets, strict=True)):
             node_clock = Clock(monotonic_s=clock.monotonic_s - offset_s, unix_s=clock.unix_s)
             on_node = dataclasses.replace(load, clock=node_clock)
-            calls.append(functools.partial(host.call, "start_client", on_node, index))
+            calls.append(functools.partial(host.call, RayHost.start_client, on_node, index))
         at_once(calls)
         results = clients.collect(
             [RemoteClient(host, load.trial) for host in hosts],
@@ -264,8 +264,8 @@ class RaySite(Cluster, Site):
             nodes.append(NodeFacts(node, node == self.head, facts, clock, dict(zip(ports, owners, strict=True))))
             for receiver in self.nodes:
                 if receiver != node:
-                    port = agents[receiver.address].call("listen")
-                    rate = host.call("send_rate", receiver.address, port, _PROBE_S)
+                    port = agents[receiver.address].call(RayHost.listen)
+                    rate = host.call(RayHost.send_rate, receiver.address, port, _PROBE_S)
                     links[node.address, receiver.address] = rate
         return list(doctor.examine_nodes(nodes, links))
 
