@@ -92,6 +92,13 @@ class TransferEvent(msgspec.Struct, kw_only=True, tag="kv_transfer", tag_field="
         self.copy_s = (self.copy_s or 0.0) + copy_s
 
 
+class Flag(msgspec.Struct, frozen=True):
+    """Something a reader must know wherever the run's figures appear: `name` (client-limited, gate-failed, ...), `detail`."""
+
+    name: str
+    detail: str
+
+
 class LogLine(msgspec.Struct, frozen=True, kw_only=True):
     """A line of a server's log that a reader must know: when it was read, the `flag` that it is a reason for, and what it means."""
 

@@ -13,6 +13,7 @@ import msgspec
 from pdbench import files, validation
 from pdbench.errors import NOT_JSON, UserError
 from pdbench.events import EngineFacts, Event, PrefixCacheCounts, ServerSeries
+from pdbench.events import Flag as Flag
 from pdbench.validation import Energy, Power, Reading, Revision, RunId, RunInstant
 
 SCHEMA = "pdbench/2"
@@ -192,13 +193,6 @@ class Trial(msgspec.Struct, kw_only=True):
     start_temperature_c: dict[str, float] = {}
     prefix_cache: dict[str, PrefixCacheCounts] = {}
     cpu_steal_pct: float | None = None
-
-
-class Flag(msgspec.Struct, frozen=True):
-    """Something a reader must know wherever the run's figures appear: `name` (client-limited, gate-failed, ...), `detail`."""
-
-    name: str
-    detail: str
 
 
 class Gate(msgspec.Struct, kw_only=True):

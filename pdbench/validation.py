@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 
 from pdbench import files
+from pdbench.config import LoadConfig, PowerConfig
 from pdbench.errors import NOT_JSON, UserError
+from pdbench.events import Flag, ServerSeries
 
 if TYPE_CHECKING:
-    from pdbench.events import ServerSeries
     from pdbench.records import DeviceRecord, RequestRecord, Run, Trial
 
 EARLIEST_S, LATEST_S, CLOCK_ERROR_S = -0.1, 1e8, 1e-3
@@ -97,8 +98,6 @@ def check_keys(saved: bytes, run: "Run", path: Path) -> None:
 
 def check_run(run: "Run", path: Path) -> None:
     """Raises UserError for what cannot be; what servers may have sent (counts, phases) is dropped, and the run flagged."""
-    from pdbench.records import Flag
-
     files.check_name(run.name, f"{path}: name")
     for role in run.roles:
         files.check_name(role, f"{path}: a role")
@@ -140,8 +139,6 @@ def check_other_runs(runs: Iterable[tuple[str | None, Path]]) -> None:
 
 def flag_edited(run: "Run", edited: Sequence[str]) -> None:
     """Flag a run whose files somebody changed: its figures cannot be told from measured ones."""
-    from pdbench.records import Flag
-
     if edited and "edited" not in {flag.name for flag in run.flags}:
         changed = f"{', '.join(edited)} changed after pdbench wrote it: figures are of what it holds now, not of what was measured"
         run.flags.append(Flag("edited", changed))
@@ -150,8 +147,6 @@ def flag_edited(run: "Run", edited: Sequence[str]) -> None:
 def drop_impossible_counters(run: "Run") -> None:
     """A counter that was reset begins again; one that falls and leaps back counted nothing: the power curve tells the energy,
     and the run is flagged."""
-    from pdbench.records import Flag
-
     for device in run.devices:
         for readings in (
             [energy_j for _, energy_j in device.energy_ticks],
@@ -170,8 +165,6 @@ def drop_impossible_counters(run: "Run") -> None:
 
 def _check_config(run: "Run", path: Path) -> None:
     """The options and facts that figures and pages read have the types that pdbench gives them."""
-    from pdbench.config import LoadConfig, PowerConfig
-
     kinds = {"load": LoadConfig, "power": PowerConfig, "serve": dict, "inputs": list[str], "clocks_held": list[dict]}
     kinds["contents"] = dict[str, str]
     facts = [(f"config.{name}", run.config.get(name), kind) for name, kind in kinds.items()]
@@ -198,7 +191,7 @@ def _check_trials(trials: Sequence["Trial"], path: Path) -> None:
             raise _wrong(path, f"trials {before.index} and {after.index}", "they overlap")
 
 
-def _check_servers(servers: Sequence["ServerSeries"], path: Path) -> None:
+def _check_servers(servers: Sequence[ServerSeries], path: Path) -> None:
     check_distinct(path, "server", [(series.server,) for series in servers])
     for series in servers:
         where = f"server {shown(series.server)}"
