@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from pdbench import identity
-from pdbench.config import LoadConfig, Options, ServerConfig
+from pdbench.config import Options, ServerConfig, slo_limits
 from pdbench.errors import NOT_JSON, StartError, UserError, WriteError
 from pdbench.files import begin_again, check_name, check_writable, holds, results_files, run_ids, write_whole
 from pdbench.live import publisher
@@ -71,22 +71,8 @@ def points(options: Options, vary: Sequence[str]) -> list[Point]:
 
 
 def with_slo(options: Options, slo: str) -> Options:
-    """Options with the limits of "ttft=200,tbt=50" (milliseconds), for the goodput. Raises UserError for anything else, and where an option
-    has another limit already.
-
-    Names are those of the options --slo-NAME-ms; tpot is another word for tbt, the mean of a request's gaps.
-    """
-    fields = [field.name for field in dataclasses.fields(LoadConfig) if field.name.startswith("slo_")]
-    names = {field.removeprefix("slo_").removesuffix("_ms"): field for field in fields}
-    limits = {}
-    for part in slo.split(",") if slo else ():
-        name, _, number = part.partition("=")
-        name = name.strip().replace("tpot", "tbt")
-        if name not in names:
-            raise UserError(f"--slo: {part!r} is no limit ({', '.join(names)}) in ms, as in --slo ttft=200,tbt=50")
-        if names[name] in limits:
-            raise UserError(f"--slo {slo}: it limits {name} twice")
-        limits[names[name]] = number.strip()
+    """Options with the limits of `slo_limits`, for the goodput. Raises UserError as it does, and where an option has another limit already."""
+    limits = {name: part.partition("=")[2].strip() for name, part in slo_limits(slo).items()}
     limited = _point(options, limits, "--slo").options
     for name in limits:
         before, now = getattr(options.load, name), getattr(limited.load, name)

@@ -8,7 +8,7 @@ from datetime import date, time
 from pathlib import Path
 from typing import Any
 
-from pdbench.config import ClusterConfig, LoadConfig, PowerConfig, ProxyConfig, ServeConfig
+from pdbench.config import ClusterConfig, LoadConfig, PowerConfig, ProxyConfig, ServeConfig, slo_limits
 from pdbench.errors import UserError
 
 SECTIONS = {
@@ -43,17 +43,11 @@ def without_replaced(settings: dict[str, Any], arguments: Sequence[str]) -> dict
     replaced = {name for flag in flags for name in REPLACES.get(flag, ())} - flags
     for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
         if word == "--slo" or word.startswith("--slo="):
-            replaced |= _limits(word.partition("=")[2] or following).keys()
+            replaced |= slo_limits(word.partition("=")[2] or following).keys()
     kept = {name: value for name, value in settings.items() if name not in replaced}
     if isinstance(kept.get("slo"), str):
-        kept["slo"] = ",".join(part for option, part in _limits(kept["slo"]).items() if option not in flags)
+        kept["slo"] = ",".join(part for option, part in slo_limits(kept["slo"]).items() if option not in flags)
     return kept
-
-
-def _limits(slo: str) -> dict[str, str]:
-    """Option -> its part of "ttft=200,tbt=50"."""
-    parts = filter(None, map(str.strip, slo.split(",")))
-    return {f"slo_{part.partition('=')[0].strip().replace('tpot', 'tbt')}_ms": part for part in parts}
 
 
 def check(kind: Any, path: Path | None) -> None:

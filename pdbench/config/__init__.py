@@ -10,7 +10,14 @@ from typing import Any
 from cyclopts import Parameter
 
 from pdbench.config.groups import Connector, DeploymentKind, FirstToken
-from pdbench.config.load import LoadConfig, answer_timeout_s, dropped_fields, is_open_loop, most_output_tokens
+from pdbench.config.load import (
+    LoadConfig,
+    answer_timeout_s,
+    dropped_fields,
+    is_open_loop,
+    most_output_tokens,
+    slo_limits,
+)
 from pdbench.config.measuring import LiveConfig, PairConfig, PowerConfig
 from pdbench.config.proxy import ProxyConfig
 from pdbench.config.serving import ClusterConfig, ServeConfig, ServerConfig

@@ -1,13 +1,14 @@
 """What is sent."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from cyclopts import Parameter
 
 from pdbench.config.groups import LOAD, Arrivals, Prompts, Requests, Statistics, Words
 from pdbench.config.types import Count, CountOrZero, NotNegative, Positive, Seconds, Share, Spread, WarmUp
+from pdbench.errors import UserError
 
 _TIMEOUT_TOKENS = 256
 
@@ -129,6 +130,21 @@ class LoadConfig:
     @property
     def open_loop(self) -> bool:
         return is_open_loop(vars(self))
+
+
+def slo_limits(slo: str) -> dict[str, str]:
+    """Option -> its part of "ttft=200,tbt=50" (milliseconds); tpot is another word for tbt. Raises UserError for anything else."""
+    options = [field.name for field in fields(LoadConfig) if field.name.startswith("slo_")]
+    names = {option.removeprefix("slo_").removesuffix("_ms"): option for option in options}
+    limits: dict[str, str] = {}
+    for part in map(str.strip, slo.split(",") if slo else ()):
+        name = part.partition("=")[0].strip().replace("tpot", "tbt")
+        if name not in names:
+            raise UserError(f"--slo: {part!r} is no limit ({', '.join(names)}) in ms, as in --slo ttft=200,tbt=50")
+        if names[name] in limits:
+            raise UserError(f"--slo {slo}: it limits {name} twice")
+        limits[names[name]] = part
+    return limits
 
 
 def is_open_loop(load: Mapping[str, Any]) -> bool:
