@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from hashlib import blake2b
 from pathlib import Path
 from typing import IO
 
@@ -20,7 +19,6 @@ _DRAWN = re.compile(r"\w[^/\0]*(\.png|\.html|\.md|\.csv|_llm-d\.json)|(checks|pr
 _PART = ".pdbench-part"
 _SWAP = re.compile(r"\.(?P<name>.*)\.(?P<token>[0-9a-f]+-[0-9]+)\.(?P<kind>commit|swap)")
 _LOCK = ".lock"
-_SEAL = b',\n "checksum": "'
 _OTHERS = "ask its owner for permission, or read it as they do"
 _held: dict[str, int] = {}
 
@@ -61,22 +59,6 @@ def write_whole(path: Path, data: bytes) -> None:
                 raise
     except OSError as error:
         raise _cannot_write(path, error) from None
-
-
-def sealed(document: bytes) -> bytes:
-    """A JSON object with its hash as the last key, by which a reader knows that nobody has changed it since."""
-    body = document.rstrip()[:-1].rstrip()
-    return b'%b%b%b"\n}\n' % (body, _SEAL, _hash(body))
-
-
-def is_edited(saved: bytes) -> bool:
-    """Was a sealed file changed after it was written? Other line ends are no change; a file without a seal cannot be told."""
-    body, seal, rest = saved.replace(b"\r\n", b"\n").rpartition(_SEAL)
-    return rest.partition(b'"')[0] != _hash(body) if seal else b'"checksum":' in saved[-100:]
-
-
-def _hash(body: bytes) -> bytes:
-    return blake2b(body, digest_size=16).hexdigest().encode()
 
 
 def holds(folder: Path, name: str) -> bool:

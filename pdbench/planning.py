@@ -7,10 +7,10 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from pdbench import failures
+from pdbench import documents, failures
 from pdbench.config import LoadConfig
 from pdbench.errors import NOT_JSON, UserError
-from pdbench.files import check_writable, is_edited, read_whole, sealed, write_all
+from pdbench.files import check_writable, read_whole, write_all
 from pdbench.load import plan as loads
 from pdbench.plan import records
 from pdbench.plan.calibration import calibrate, check_suitable
@@ -80,14 +80,14 @@ def plan(
     files: dict[str, bytes] = {}  # written at the end, so that no folder holds half of an answer
 
     def save(name: str, content: object) -> None:
-        files[name] = msgspec.json.format(msgspec.json.encode(content), indent=1)
+        files[name] = documents.encode(content)
 
     def show(table: tables.Table) -> None:
         shown.append(table)
         console.print(tables.Terminal(table))
 
     found = read_calibration(sources, console)
-    files[CALIBRATION] = sealed(msgspec.json.format(msgspec.json.encode(found), indent=1))
+    files[CALIBRATION] = documents.encode(found, seal=True)
     show(report.calibration(found))
     drawn = [partial(steps_chart, found)]
     checks = []
@@ -163,7 +163,7 @@ def read_calibration(sources: Sequence[Path], console: Console) -> Calibration:
             raise UserError(
                 f"{saved} has schema {found.schema}, this pdbench reads {records.SCHEMA}: calibrate by its runs again"
             )
-        if is_edited(content):  # among what is missing, where every later copy keeps it
+        if documents.is_edited(content):  # among what is missing, where every later copy keeps it
             edited = f"a calibration as measured: {saved} was edited after it was saved; calibrate by its runs again"
             return msgspec.structs.replace(found, missing=[edited, *found.missing])
         return found

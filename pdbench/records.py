@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from pdbench import files, validation
+from pdbench import documents, files, validation
 from pdbench.errors import NOT_JSON, UserError
 from pdbench.events import EngineFacts, Event, PrefixCacheCounts, ServerSeries
 from pdbench.events import Flag as Flag
@@ -335,7 +335,7 @@ def _results_file(folder: Path) -> Path:
 def _encode_devices(role: str, devices: list[DeviceRecord], run: Run | None = None) -> bytes:
     run_id, revision = (run.run_id, run.revision) if run else (None, 0)
     content = _DeviceFile(run_id=run_id, revision=revision, role=role, devices=devices)
-    return files.sealed(msgspec.json.format(msgspec.json.encode(content), indent=1))
+    return documents.encode(content, seal=True)
 
 
 def _encode(run: Run) -> bytes:
@@ -348,7 +348,7 @@ def _encode(run: Run) -> bytes:
         else:
             encoded = msgspec.json.encode(value)
         lines.append(b' "%s": %s' % (key.encode(), encoded))
-    return files.sealed(b"{\n" + b",\n".join(lines) + b"\n}\n")
+    return documents.sealed(b"{\n" + b",\n".join(lines) + b"\n}\n")
 
 
 def _read_run(path: Path) -> tuple[Run, bool]:
@@ -372,7 +372,7 @@ def _read_run(path: Path) -> tuple[Run, bool]:
     if schema != SCHEMA:
         # Its keys meant other things; the figures are derived again from the requests.
         run.summary, run.schema = {}, SCHEMA
-    return run, files.is_edited(saved)
+    return run, documents.is_edited(saved)
 
 
 def _read_devices(path: Path) -> tuple[_DeviceFile, bool]:
@@ -384,7 +384,7 @@ def _read_devices(path: Path) -> tuple[_DeviceFile, bool]:
         raise validation.unreadable(path, saved, error, "holds no device samples", remedy) from error
     _check_schema(content.schema, path)
     validation.check_devices(content.devices, path)
-    return content, files.is_edited(saved)
+    return content, documents.is_edited(saved)
 
 
 def _check_schema(schema: Any, path: Path) -> None:

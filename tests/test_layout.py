@@ -10,14 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "pdbench").rglob("*.py"))
 ROOMS = ("serving", "cluster", "load", "power", "kv", "proxy", "analysis", "plan", "search", "report", "live")
-BASE = ("config", "records", "files", "events", "errors", "http", "nvml", "supervisor")
+BASE = ("config", "records", "files", "documents", "events", "errors", "http", "nvml", "supervisor")
 MAY_IMPORT = {
     "kv": ("events",),
     "load": BASE,
     "power": BASE,
     "serving": (*BASE, "kv"),  # the range of vLLM versions that the connector supports
     "proxy": BASE,
-    "analysis": ("records", "failures", "files", "events", "errors", "config"),
+    "analysis": ("records", "failures", "files", "documents", "events", "errors", "config"),
     "search": (),  # what loads say, whoever sends them
     "plan": (
         "analysis",
@@ -36,6 +36,7 @@ MAY_IMPORT = {
         "records",
         "failures",
         "files",
+        "documents",
         "validation",
         "events",
         "errors",

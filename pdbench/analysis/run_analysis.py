@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from pdbench import __version__, failures
+from pdbench import __version__, documents, failures
 from pdbench.analysis.curves import FIELDS, Curves, curves_of
 from pdbench.analysis.device_flags import POWER_CAPS
 from pdbench.analysis.energy import ROLE_ORDER, Energy, energy_of, joules, metered
@@ -34,7 +34,7 @@ from pdbench.analysis.metrics import (
 from pdbench.analysis.servers import PrefixCache, ServerSummary, prefix_cache_of, servers_of
 from pdbench.analysis.slo import SLO
 from pdbench.errors import NOT_JSON, UserError
-from pdbench.files import check_name, device_files, is_edited, results_files, sealed, write_whole
+from pdbench.files import check_name, device_files, results_files, write_whole
 from pdbench.records import Clock, Flag, Gate, Interval, Run, load_run
 
 SCHEMA = "pdbench-analysis/10"
@@ -244,7 +244,7 @@ def save_analysis(analysis: RunAnalysis, folder: Path | str, source: str | None 
     folder takes no file."""
     path = Path(folder) / FILE
     analysis = msgspec.structs.replace(analysis, source=source or _source(Path(folder)))
-    write_whole(path, sealed(msgspec.json.encode(analysis, enc_hook=lambda array: array.tolist())))
+    write_whole(path, documents.sealed(msgspec.json.encode(analysis, enc_hook=lambda array: array.tolist())))
     return path
 
 
@@ -258,7 +258,7 @@ def load_analysis(folder: Path | str) -> RunAnalysis:
         data = (folder / FILE).read_bytes()
         saved = msgspec.json.decode(data, type=RunAnalysis, dec_hook=_array)
         is_of_these = (saved.schema, saved.pdbench, saved.source) == (SCHEMA, __version__, source)
-        if source and is_of_these and not is_edited(data):
+        if source and is_of_these and not documents.is_edited(data):
             check_name(saved.name, f"{folder / FILE}: name")
             return saved
     except (OSError, *NOT_JSON):

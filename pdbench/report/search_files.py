@@ -6,10 +6,11 @@ from pathlib import Path
 
 import msgspec
 
+from pdbench import documents
 from pdbench.analysis.compare import check_alike
 from pdbench.analysis.run_analysis import load_analysis
 from pdbench.errors import NOT_JSON, UserError
-from pdbench.files import holds, is_edited, sealed, write_whole
+from pdbench.files import holds, write_whole
 from pdbench.report import tables, text
 from pdbench.search.document import FILE, Document
 
@@ -22,7 +23,7 @@ def is_search(folder: Path) -> bool:
 
 
 def save(document: Document, out: Path) -> None:
-    write_whole(out / FILE, sealed(msgspec.json.format(msgspec.json.encode(document), indent=1)))
+    write_whole(out / FILE, documents.encode(document, seal=True))
 
 
 def load(folder: Path) -> Document:
@@ -34,7 +35,7 @@ def load(folder: Path) -> Document:
         raise
     except (OSError, *NOT_JSON) as error:  # to begin again would delete the loads that it names
         raise UserError(f"{folder / FILE} cannot be read ({error}): move it away, or give another --out") from None
-    if is_edited(content):
+    if documents.is_edited(content):
         raise UserError(
             f"{folder / FILE} was edited after it was saved: restore it, or search again with another --out"
         )

@@ -13,6 +13,7 @@ from typing import IO, Any, Protocol, Self, TypeVar
 import msgspec
 import psutil
 
+from pdbench import documents
 from pdbench.config import DeploymentKind, ServeConfig
 from pdbench.errors import NOT_JSON, StartError, UserError
 from pdbench.events import LogLine
@@ -335,13 +336,12 @@ def cannot_write(path: Path, error: OSError) -> UserError:
 
 
 def save(info: DeploymentInfo, folder: Path) -> None:
-    write_whole(folder / INFO_FILE, msgspec.json.format(msgspec.json.encode(info), indent=1))
+    write_whole(folder / INFO_FILE, documents.encode(info))
 
 
 def forget(folder: Path) -> None:
     """This process's servers are down; those of another process, which may still run, stay known."""
-    info = _load(folder)
-    if info is not None and info.owner_pid == os.getpid():
+    if (info := _load(folder)) is not None and info.owner_pid == os.getpid():
         (folder / INFO_FILE).unlink(missing_ok=True)
 
 
