@@ -1,6 +1,7 @@
 """JSON as pdbench saves it: indented, and with its hash where a reader must know that nobody has changed it since."""
 
 from hashlib import blake2b
+from typing import Any
 
 import msgspec
 
@@ -10,6 +11,11 @@ _SEAL = b',\n "checksum": "'
 def encode(value: object, *, seal: bool = False) -> bytes:
     content = msgspec.json.format(msgspec.json.encode(value), indent=1)
     return sealed(content) if seal else content
+
+
+def as_read_back(value: object) -> Any:
+    """What a reader gets of it: tuples are lists."""
+    return msgspec.json.decode(msgspec.json.encode(value))
 
 
 def sealed(document: bytes) -> bytes:

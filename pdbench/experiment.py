@@ -8,11 +8,10 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import msgspec
 from rich.console import Console
 from rich.markup import escape
 
-from pdbench import correctness, turns
+from pdbench import correctness, documents, turns
 from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig
 from pdbench.errors import UserError
 from pdbench.files import check_writable, results_files, save_somewhere
@@ -262,7 +261,7 @@ def _new_run(info: DeploymentInfo, clock: Clock, options: Options) -> Run:
     run = Run(
         name=info.name,
         clock=clock,
-        config=msgspec.json.decode(msgspec.json.encode(config)),  # as it is read back: tuples are lists
+        config=documents.as_read_back(config),
         host=machines.host_facts(),
         versions=machines.versions(),
     )

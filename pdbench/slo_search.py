@@ -4,7 +4,6 @@ With --tune also the clocks and power caps of its GPUs that keep the SLO with th
 load, always a valid answer; the same command goes on from there.
 """
 
-import json
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 from msgspec import structs
 from rich.console import Console
 
-from pdbench import identity, sweep
+from pdbench import documents, identity, sweep
 from pdbench.analysis.metrics import timings_of
 from pdbench.analysis.run_analysis import load_analysis
 from pdbench.analysis.slo import SLO
@@ -131,7 +130,7 @@ def start(out: Path, command: Mapping[str, Any], goal: Goal, load: LoadConfig) -
     Raises UserError where `out` has those of another, or a search.json that cannot be read.
     """
     slo = {name: limit for name in SLO if (limit := getattr(load, name)) is not None}
-    document = Document(command=json.loads(json.dumps(command)), slo=slo, attain_pct=100 * goal.attain)
+    document = Document(command=documents.as_read_back(command), slo=slo, attain_pct=100 * goal.attain)
     try:
         saved = search_files.load(out)
     except FileNotFoundError:

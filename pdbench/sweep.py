@@ -17,7 +17,7 @@ import cyclopts
 from rich.console import Console
 from rich.markup import escape
 
-from pdbench import identity
+from pdbench import documents, identity
 from pdbench.config import Options, ServerConfig, slo_limits
 from pdbench.errors import NOT_JSON, StartError, UserError, WriteError
 from pdbench.files import begin_again, check_name, check_writable, holds, results_files, run_ids, write_whole
@@ -162,11 +162,11 @@ def run(
     for point in points:
         groups.setdefault(point.options.serve, []).append(point)
     steps = [(point, part) for group in groups.values() for part in parts for point in group]
-    # What a point.json must say for its point to count, as it is read back: tuples are lists.
+    # What a point.json must say for its point to count.
     fixed = {"context": context, "machine": machine.own_identity()}
     wanted = [
-        json.loads(
-            json.dumps(fixed | {"options": point.options.plain(), "measured": measured_of(point.options, models)})
+        documents.as_read_back(
+            fixed | {"options": point.options.plain(), "measured": measured_of(point.options, models)}
         )
         for point, _ in steps
     ]

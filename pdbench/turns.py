@@ -11,7 +11,7 @@ import msgspec
 from rich.console import Console
 from rich.markup import escape
 
-from pdbench import failures, identity, sweep
+from pdbench import documents, failures, identity, sweep
 from pdbench.analysis.flags import DERIVED
 from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig, ServeConfig
 from pdbench.errors import UserError
@@ -238,10 +238,8 @@ def saved_runs(
         run = load_run(folder)
         nonce = options.load.nonce or saved_load(run).nonce  # drawn when the run began
         load = plan.resolved(replace(options.load, nonce=nonce))
-        # As they are read back: tuples are lists.
         power, served, pairs = (
-            msgspec.json.decode(msgspec.json.encode(value))
-            for value in (asdict(options.power), serve[kind].plain(), asdict(design))
+            documents.as_read_back(value) for value in (asdict(options.power), serve[kind].plain(), asdict(design))
         )
         saved = {name: run.config.get(name) or {} for name in ("power", "serve", "pairs")}
         same = run.name == kind and saved_load(run) == load and saved["power"] == power
