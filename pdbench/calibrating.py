@@ -14,7 +14,7 @@ from rich.console import Console
 
 from pdbench import sweep
 from pdbench.analysis.run_analysis import load_analysis
-from pdbench.config import DeploymentKind, LoadConfig, Options
+from pdbench.config import DeploymentKind, LoadConfig, Options, flag_of
 from pdbench.errors import UserError, WriteError
 from pdbench.load.generator import Progress
 from pdbench.load.input_files import span
@@ -71,7 +71,7 @@ def spread(load: LoadConfig, max_model_len: int) -> LoadConfig:
     """
     given = [name for name in GIVEN if getattr(load, name) != getattr(LoadConfig(), name)]
     if given:
-        raise UserError(f"--{given[0].replace('_', '-')}: a calibration decides it; leave it out (docs/plan.md)")
+        raise UserError(f"{flag_of(given[0])}: a calibration decides it; leave it out (docs/plan.md)")
     if load.rate and not load.ramp_to:
         raise UserError("--rate without --ramp-to: give both for the ramps, or neither: then they are measured")
     longest_output = load.max_output_tokens or min(max_model_len // 3, 8 * load.output_tokens)

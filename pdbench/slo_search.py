@@ -20,7 +20,7 @@ from pdbench import documents, identity, sweep
 from pdbench.analysis.metrics import timings_of
 from pdbench.analysis.run_analysis import load_analysis
 from pdbench.analysis.slo import SLO
-from pdbench.config import LoadConfig, Options
+from pdbench.config import LoadConfig, Options, flag_of
 from pdbench.errors import UserError
 from pdbench.files import check_writable
 from pdbench.load import plan
@@ -111,7 +111,7 @@ def check(load: LoadConfig, varied: Iterable[str] = ()) -> None:
     names = ("trace", "stages", "ramp_to", "duration_s", "steady_s", "concurrency", "phase")
     fixed = [name for name in names if getattr(load, name) != getattr(LoadConfig(), name)]
     if fixed:
-        raise UserError(f"--{fixed[0].replace('_', '-')}: a search scales the rate of arrivals itself; leave it out")
+        raise UserError(f"{flag_of(fixed[0])}: a search scales the rate of arrivals itself; leave it out")
     if (load.requests or REQUESTS) < LEAST_REQUESTS:
         raise UserError(
             f"--requests {load.requests}: so few tell nothing of a rate: leave it out ({REQUESTS}), or give at least {LEAST_REQUESTS}"

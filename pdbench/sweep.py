@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from pdbench import documents, identity
-from pdbench.config import Options, ServerConfig, slo_limits
+from pdbench.config import Options, ServerConfig, flag_of, slo_limits
 from pdbench.errors import NOT_JSON, StartError, UserError, WriteError
 from pdbench.files import begin_again, check_name, check_writable, holds, results_files, run_ids, write_whole
 from pdbench.live import publisher
@@ -77,7 +77,7 @@ def with_slo(options: Options, slo: str) -> Options:
     for name in limits:
         before, now = getattr(options.load, name), getattr(limited.load, name)
         if before not in (None, now):
-            raise UserError(f"--slo {slo}: --{name.replace('_', '-')} {before:g} says otherwise: give one of them")
+            raise UserError(f"--slo {slo}: {flag_of(name)} {before:g} says otherwise: give one of them")
     return limited
 
 
@@ -116,7 +116,7 @@ def _parsed(key: str, text: str, option: str) -> tuple[str, Any]:
     if text.lower() == "none" and default is None:
         return section, None
     parts = text.split("+") if isinstance(default, tuple) else [text]
-    arguments = [f"--{key.replace('_', '-')}={part}" for part in parts]
+    arguments = [f"{flag_of(key)}={part}" for part in parts]
     try:
         parsed = _parser(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except cyclopts.CycloptsError as error:

@@ -8,7 +8,7 @@ from datetime import date, time
 from pathlib import Path
 from typing import Any
 
-from pdbench.config import ClusterConfig, LoadConfig, PowerConfig, ProxyConfig, ServeConfig, slo_limits
+from pdbench.config import ClusterConfig, LoadConfig, PowerConfig, ProxyConfig, ServeConfig, flag_of, slo_limits
 from pdbench.errors import UserError
 
 SECTIONS = {
@@ -138,5 +138,5 @@ def without_effect(load: LoadConfig) -> dict[str, str]:
         value = getattr(load, name)
         if value != getattr(usual, name) and not counts(load):
             words = "" if value is True else f" {value}"
-            lines.setdefault(name, f"--{name.replace('_', '-')}{words} has no effect: {reason}")
+            lines.setdefault(name, f"{flag_of(name)}{words} has no effect: {reason}")
     return lines

@@ -23,6 +23,11 @@ from pdbench.config.proxy import ProxyConfig
 from pdbench.config.serving import ClusterConfig, ServeConfig, ServerConfig
 
 
+def flag_of(option: str) -> str:
+    """As it is on the command line: output_tokens is --output-tokens."""
+    return f"--{option.replace('_', '-')}"
+
+
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Options:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pdbench.config import LoadConfig
+from pdbench.config import LoadConfig, flag_of
 from pdbench.errors import UserError
 from pdbench.load import arrivals, prompts, request_fields
 from pdbench.load.input_files import read_duration, span
@@ -90,7 +90,7 @@ def check(config: LoadConfig) -> None:
     if (config.rate or config.stages) and next(planned_instants(config, 0), None) is None:
         raise UserError("this load sends no request: give a higher --rate, other --stages or a longer --duration-s")
     for name in ("trace_from", "trace_for", "trace_unit", "trace_block_tokens"):
-        value, option = getattr(config, name), f"--{name.replace('_', '-')}"
+        value, option = getattr(config, name), flag_of(name)
         if value is not None and not config.trace:
             raise UserError(f"{option} needs --trace")
         if name in ("trace_from", "trace_for") and value is not None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 
 from pdbench import nvml, supervisor
-from pdbench.config import PowerConfig
+from pdbench.config import PowerConfig, flag_of
 from pdbench.errors import UserError
 from pdbench.records import DeviceRecord, Flag
 
@@ -37,7 +37,7 @@ class ClockLock:
 
 
 def requested_options(config: PowerConfig) -> list[str]:
-    return [f"--{name.replace('_', '-')}" for name in OPTIONS if getattr(config, name) is not None]
+    return [flag_of(name) for name in OPTIONS if getattr(config, name) is not None]
 
 
 def check(config: PowerConfig, gpus: Iterable[Mapping[str, Sequence[int]]]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pdbench.config import Connector, ServeConfig
+from pdbench.config import Connector, ServeConfig, flag_of
 from pdbench.config.serving import last_value, option_of
 from pdbench.errors import UserError
 from pdbench.http import netloc
@@ -166,7 +166,7 @@ def server_command(
             argv += ["--max-num-batched-tokens", str(max(8192, 32 * config.max_model_len))]
     for arguments in ("vllm_args", f"{spec.role}_args"):
         text = getattr(config, arguments, "")  # a tensor-parallel instance has none of its own
-        option = f"--{arguments.replace('_', '-')} {text!r}"
+        option = f"{flag_of(arguments)} {text!r}"
         try:
             words = shlex.split(text)
         except ValueError as error:
