@@ -69,8 +69,7 @@ def spread(load: LoadConfig, max_model_len: int) -> LoadConfig:
 
     Raises UserError for options that the calibration sets.
     """
-    given = [name for name in GIVEN if getattr(load, name) != getattr(LoadConfig(), name)]
-    if given:
+    if given := load.given(GIVEN):
         raise UserError(f"{flag_of(given[0])}: a calibration decides it; leave it out (docs/plan.md)")
     if load.rate and not load.ramp_to:
         raise UserError("--rate without --ramp-to: give both for the ramps, or neither: then they are measured")

@@ -109,8 +109,7 @@ def check(load: LoadConfig, varied: Iterable[str] = ()) -> None:
         raise UserError("a search needs limits: --slo ttft=300,tbt=15")
     # With a cap on streams, requests would wait in the client, where no limit sees them.
     names = ("trace", "stages", "ramp_to", "duration_s", "steady_s", "concurrency", "phase")
-    fixed = [name for name in names if getattr(load, name) != getattr(LoadConfig(), name)]
-    if fixed:
+    if fixed := load.given(names):
         raise UserError(f"{flag_of(fixed[0])}: a search scales the rate of arrivals itself; leave it out")
     if (load.requests or REQUESTS) < LEAST_REQUESTS:
         raise UserError(

@@ -1,6 +1,6 @@
 """What is sent."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -130,6 +130,10 @@ class LoadConfig:
     @property
     def open_loop(self) -> bool:
         return is_open_loop(vars(self))
+
+    def given(self, names: Iterable[str]) -> list[str]:
+        """Those of these options that are not as they are by default."""
+        return [name for name in names if getattr(self, name) != getattr(LoadConfig(), name)]
 
 
 def slo_limits(slo: str) -> dict[str, str]:
