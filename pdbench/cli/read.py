@@ -183,7 +183,7 @@ def report(
             check_writable(out)
             out.mkdir(parents=True, exist_ok=True)  # the runs are found from there
             found.present(document, out, console)
-            console.print(*tables.differing(differing), sep="\n", end="\n" if differing else "", soft_wrap=True)
+            tables.say(console, *tables.differing(differing))
             return
         commands.report(folders, out, sort_by, console, llm_d=llm_d, otlp=otlp)
 
@@ -205,9 +205,8 @@ def _report_sweeps(folders: Sequence[Path], out: Path) -> None:
     rows, differing = report.joined({folder: sweep.load(folder) for folder in folders})
     check_writable(out)
     report.show(rows, out, console)
-    console.print(*tables.differing(differing), sep="\n", end="\n" if differing else "", soft_wrap=True)
-    for line in report.missing(rows):
-        console.print(line, markup=False, soft_wrap=True)
+    tables.say(console, *tables.differing(differing))
+    tables.say(console, *report.missing(rows))
 
 
 @app.command

@@ -132,7 +132,7 @@ def compare_folders(
     results = thresholds.evaluate(compared, conditions)
     warnings = [line for name, run in runs.items() for line in tables.warnings(name, run)]
     _print_comparison(compared, runs, console)
-    console.print(*warnings, sep="\n", end="\n" if warnings else "")
+    tables.say(console, *warnings)
     for result in results:
         style = {"fails": "bold red", "passes": "green", "uncertain": "yellow"}[result.outcome]
         console.print(Text.assemble((_(result.outcome), style), " ", answer.threshold(result)), soft_wrap=True)
