@@ -15,9 +15,8 @@ from rich.console import Console
 from pdbench import sweep
 from pdbench.analysis.run_analysis import load_analysis
 from pdbench.config import DeploymentKind, LoadConfig, Options, flag_of
-from pdbench.errors import UserError, WriteError
+from pdbench.errors import UserError, WriteError, span
 from pdbench.load.generator import Progress
-from pdbench.load.input_files import span
 from pdbench.plan.remedy import FULL_STREAMS
 from pdbench.turns import START_S, TURN_S
 

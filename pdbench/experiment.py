@@ -13,13 +13,12 @@ from rich.markup import escape
 
 from pdbench import correctness, documents, turns
 from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig
-from pdbench.errors import UserError
+from pdbench.errors import UserError, span
 from pdbench.files import check_writable, results_files, save_somewhere
 from pdbench.http import get, offered_model
 from pdbench.live import publisher
 from pdbench.load import plan
 from pdbench.load.contents import contents_of
-from pdbench.load.input_files import span
 from pdbench.power import clocks
 from pdbench.power.idle import Idle, idle_before_start
 from pdbench.power.tenants import in_use

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from urllib.parse import quote, urlsplit
 
-from pdbench.errors import NOT_JSON, UserError
+from pdbench.errors import NOT_JSON, UserError, in_line
 
 _LARGEST_BYTES = 64 << 20
 _INTERFACE = re.compile(r"(/v1(/(chat/)?completions)?)?/*$")
@@ -148,6 +148,5 @@ def offered_model(url: str, model: str | None = None, *, verify_tls: bool = True
     if not (name.isprintable() and 0 < len(name) <= 500):  # it stands in terminals, pages and pictures
         raise UserError(f"{address} names a model {name[:40]!a}, which cannot be shown: give --model NAME")
     if several:
-        listed = "".join(letter if letter.isprintable() else " " for letter in ", ".join(names)[:200])
-        raise UserError(f"{address} offers several models ({listed}): say which by --model NAME")
+        raise UserError(f"{address} offers several models ({in_line(*names)}): say which by --model NAME")
     return name

@@ -21,10 +21,9 @@ from pdbench.analysis.metrics import timings_of
 from pdbench.analysis.run_analysis import load_analysis
 from pdbench.analysis.slo import SLO
 from pdbench.config import LoadConfig, Options, flag_of
-from pdbench.errors import UserError
+from pdbench.errors import UserError, span
 from pdbench.files import check_writable
 from pdbench.load import plan
-from pdbench.load.input_files import span
 from pdbench.power import clocks
 from pdbench.records import Run
 from pdbench.report import search_files, tables

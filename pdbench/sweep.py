@@ -19,11 +19,10 @@ from rich.markup import escape
 
 from pdbench import documents, identity
 from pdbench.config import Options, ServerConfig, flag_of, slo_limits
-from pdbench.errors import NOT_JSON, StartError, UserError, WriteError
+from pdbench.errors import NOT_JSON, StartError, UserError, WriteError, span
 from pdbench.files import begin_again, check_name, check_writable, holds, results_files, run_ids, write_whole
 from pdbench.live import publisher
 from pdbench.load.contents import contents_of
-from pdbench.load.input_files import span
 from pdbench.serving import machine
 
 _SWEEP = "sweep.json"

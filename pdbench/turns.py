@@ -14,11 +14,10 @@ from rich.markup import escape
 from pdbench import documents, failures, identity, sweep
 from pdbench.analysis.flags import DERIVED
 from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig, ServeConfig
-from pdbench.errors import UserError
+from pdbench.errors import UserError, span
 from pdbench.live import publisher, terminal
 from pdbench.load import plan
 from pdbench.load.contents import contents_of
-from pdbench.load.input_files import span
 from pdbench.power.idle import ENGINE_READY, Idle
 from pdbench.records import Clock, Flag, Gate, RequestRecord, Run, load_run
 from pdbench.serving import machine as machines

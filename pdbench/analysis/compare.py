@@ -17,7 +17,7 @@ from pdbench.analysis.run_analysis import Figure, RunAnalysis, is_foreign
 from pdbench.analysis.significance import NOTABLE, STOPPING_CONFIDENCE, ConfidenceInterval, Design, Effect, effect, holm
 from pdbench.analysis.slo import SLO
 from pdbench.config import LoadConfig, is_open_loop
-from pdbench.errors import UserError
+from pdbench.errors import UserError, in_line
 
 Verdict = Literal["better", "worse", "same", "unclear", "unjudged"]
 Unjudged = Literal["cut-short", "one-trial", "few-values", "zero", "slo-undecided"]
@@ -94,8 +94,7 @@ class Mismatch:
             "none" if v in (None, []) else ", ".join(map(str, v)) if isinstance(v, list) else v
             for v in (self.a, self.b)
         ]
-        line = f"{self.what}: {sides[0]} against {sides[1]}"
-        return "".join(letter if letter.isprintable() else " " for letter in line)  # values may be another's file's
+        return in_line(f"{self.what}: {sides[0]} against {sides[1]}", most=None)  # values may be another's file's
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pdbench.errors import NOT_JSON, UserError
+from pdbench.errors import NOT_JSON, UserError, in_line
 
 _BINARY = {
     b"PAR1": "a Parquet file: write it as JSON Lines, as in `duckdb -c \"copy 'FILE' to 'rows.jsonl'\"`",
@@ -173,11 +173,6 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def in_line(*texts: object) -> str:
-    """Keys or text of a file for an error message: in one line, not endless, no control characters."""
-    return "".join(letter if letter.isprintable() else " " for letter in ", ".join(map(str, texts))[:200])
-
-
 def number(value: Any) -> int | float | None:
     """A finite number, also one in quotes or with a decimal comma; None for anything else."""
     if isinstance(value, str):
@@ -214,16 +209,3 @@ def read_duration(option: str, text: str) -> float:
     if not parts or "".join(map("".join, parts)) != text.replace(" ", "") or not math.isfinite(seconds):
         raise UserError(f"{option} {text}: give a time such as 30s, 10m, 1h30m or 12h")
     return seconds
-
-
-def span(seconds: float) -> str:
-    """A time for people: 0.5 s, 90 s, 12 min, 3 h 5 min, 2 d 4 h."""
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    minutes = round(seconds / 60)
-    if minutes < 120:
-        return f"{minutes} min"
-    days, minutes = divmod(minutes, 24 * 60) if minutes >= 48 * 60 else (0, minutes)
-    hours, minutes = divmod(minutes, 60)
-    units = ((days, "d"), (hours, "h"), (0 if days else minutes, "min"))
-    return " ".join(f"{count} {unit}" for count, unit in units if count)

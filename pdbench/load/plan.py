@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from pdbench.config import LoadConfig, flag_of
-from pdbench.errors import UserError
+from pdbench.errors import UserError, span
 from pdbench.load import arrivals, prompts, request_fields
-from pdbench.load.input_files import read_duration, span
+from pdbench.load.input_files import read_duration
 from pdbench.load.prompts import FilePrompt, prompt_file_of
 from pdbench.load.request_fields import Prompt
 from pdbench.load.tokenizer import Tokenizer, load_tokenizer, server_tokenizer, template_tokens

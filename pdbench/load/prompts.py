@@ -18,8 +18,8 @@ from statistics import NormalDist
 from typing import Any, NamedTuple
 
 from pdbench.config import LoadConfig
-from pdbench.errors import UserError
-from pdbench.load.input_files import InputFile, blank, in_line, short
+from pdbench.errors import UserError, in_line
+from pdbench.load.input_files import InputFile, blank, short
 from pdbench.load.request_fields import Prompt, ignores_eos
 from pdbench.load.tokenizer import Tokenizer
 

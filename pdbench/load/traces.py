@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pdbench.config import LoadConfig
-from pdbench.errors import UserError
+from pdbench.errors import UserError, in_line, span
 from pdbench.load import input_files
-from pdbench.load.input_files import InputFile, blank, in_line, read_duration, short, span
+from pdbench.load.input_files import InputFile, blank, read_duration, short
 
 _FORMATS = (
     "known are Azure LLM inference, BurstGPT, Mooncake (also of AIPerf, Dynamo, LiteLLM), Qwen Bailian and Weka traces, and lines of "

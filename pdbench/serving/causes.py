@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pdbench.errors import in_line
 from pdbench.events import LogLine
 
 _KNOWN: dict[str, Any] = tomllib.loads(Path(__file__).with_name("causes.toml").read_text("utf-8"))
@@ -59,7 +60,7 @@ def lines_of_load(log: str, t_s: float) -> list[LogLine]:
         if known is None and line.level in ("ERROR", "CRITICAL") and not text.startswith((" ", "traceback")):
             known = ("server-error", "its log says more around this line")
         if known and text and line.level != "DEBUG":
-            shown = "".join(letter if letter.isprintable() else " " for letter in _short(line.text))
+            shown = in_line(_short(line.text), most=None)
             found.append(LogLine(t_s=t_s, flag=known[0], text=shown, meaning=known[1]))
     return found
 

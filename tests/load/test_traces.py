@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from pdbench.config import LoadConfig
-from pdbench.errors import UserError
+from pdbench.errors import UserError, span
 from pdbench.load import plan
-from pdbench.load.input_files import read_duration, span
+from pdbench.load.input_files import read_duration
 from pdbench.load.traces import Trace, read_trace
 from tests.load.test_generator import load
 from tests.support.servers import ScriptedServer, stream, tokens
