@@ -81,6 +81,12 @@ class Axis:
     names: Sequence[str] = ()
 
 
+def log_axis(label: str, low: float, high: float, steps: Sequence[int] = (1, 2, 5)) -> Axis:
+    """Logarithmic, with ticks at these steps of each decade."""
+    places = [place for power in range(-3, 7) for step in steps if low <= (place := step * 10.0**power) <= high]
+    return Axis(label=label, log=True, low=low, high=high, ticks=(places, [f"{place:g}" for place in places]))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Panel:
     """Series that share axes. Without series, `not_measured` says why.

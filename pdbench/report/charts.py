@@ -13,7 +13,7 @@ from pdbench.analysis.run_analysis import RunAnalysis
 from pdbench.records import DeviceRecord
 from pdbench.report import answer, tables, text
 from pdbench.report import chart_types as colours
-from pdbench.report.chart_types import DASHES, SHADES, SPARE, Axis, Chart, Panel, Series, shades
+from pdbench.report.chart_types import DASHES, SHADES, SPARE, Axis, Chart, Panel, Series, log_axis, shades
 from pdbench.report.text import translate as _
 
 VERDICTS = {"better": colours.GOOD, "worse": colours.BAD}
@@ -40,12 +40,10 @@ def latency_distributions(runs: text.Runs) -> Chart:
         x = np.sort(np.concatenate([curve.x for curve in curves] or [np.array([])]))
         x = x[x > 0] if len(x) and x[-1] > 0 else np.array([1.0])
         low, high = x[int(0.01 * (len(x) - 1))], x[int(0.99 * (len(x) - 1))]
-        log, right = bool(high > 8 * low), 1.05 * float(x[-1])
-        steps = (1, 2, 5) if right < 160 * low else (1,)
-        places = [step * 10.0**power for power in range(-3, 7) for step in steps]
-        ticks = (places, [f"{place:g}" for place in places]) if log else None
-        left = 0.8 * float(low) if log else 0.0
-        across = Axis(label=text.label(f"{key}_ms"), log=log, low=left, high=right, ticks=ticks)
+        label, right = text.label(f"{key}_ms"), 1.05 * float(x[-1])
+        across = Axis(label=label, low=0, high=right)
+        if high > 8 * low:
+            across = log_axis(label, 0.8 * float(low), right, (1, 2, 5) if right < 160 * low else (1,))
         up = Axis(label=_("% at or below"), low=0, high=103, ticks=([0, 50, 90, 99], ["0", "p50", "p90", "p99"]))
         panels.append(Panel(title=_(title), series=drawn, x=across, y=up, not_measured=_("no request succeeded")))
     caption = _("Share of values at or below each time: a curve further left is faster. Click a name to hide it.")

@@ -9,7 +9,7 @@ import numpy as np
 from pdbench.plan.engine import SHORT_PROMPT
 from pdbench.plan.records import Calibration, Check, Figure, Prediction, RoleCalibration, Search
 from pdbench.plan.seconds import PARTS
-from pdbench.report import text
+from pdbench.report import chart_types, text
 from pdbench.report.chart_types import BAD, GOOD, GREY, MUTED, ORANGE, SHADES, SPARE, Axis, Chart, Panel, Series, shades
 from pdbench.report.tables import Table, Value
 from pdbench.report.text import translate as _
@@ -281,13 +281,7 @@ def checks_chart(of: Sequence[Check]) -> Chart:
             values += [*measured, *predicted]
         low, high = (0.8 * min(values), 1.25 * max(values)) if values else (1.0, 10.0)
         exact = Series(x=[low, high], y=[low, high], shade=MUTED, width=1, dash="dot")
-        places = [step * 10.0**power for power in range(-1, 6) for step in (1, 2, 5)]
-        places = [place for place in places if low <= place <= high]
-        ticks = places, [f"{place:g}" for place in places]
-        x, y = (
-            Axis(label=label, log=True, low=low, high=high, ticks=ticks)
-            for label in (_("measured, ms"), _("predicted, ms"))
-        )
+        x, y = (chart_types.log_axis(label, low, high) for label in (_("measured, ms"), _("predicted, ms")))
         series = [exact, *drawn] if drawn else []
         panels.append(Panel(title=title, series=series, x=x, y=y, not_measured=_("refused")))
     caption = _("p50, p90 and p99 of TTFT, TBT and E2E; exact on the dotted line; bars are 90 % intervals.")
