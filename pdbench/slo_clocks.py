@@ -10,7 +10,7 @@ from pdbench.config import LoadConfig
 from pdbench.failures import VOID
 from pdbench.report import text
 from pdbench.search.clocks import Setting, cheapest
-from pdbench.search.document import Choice, Held, Point, Tuned
+from pdbench.search.document import Choice, Held, Point, Tuned, keeps
 from pdbench.search.rates import Search
 from pdbench.slo_loads import LoadJudge, Loads
 
@@ -31,15 +31,14 @@ def tune(loads: Loads, attain: float, until_s: float, load: LoadConfig, entry: H
         words = ",".join(f"{key}={value or 'none'}" for key, value in setting.items())
         run, point = loads.send(f"{prefix}-{words}", load, judge, setting)
         refused = {flag.name for flag in run.flags} & {"clock-clamped", "client-limited", "client-stalled", *VOID}
-        point.kept = point.held is not False and point.attained_pct >= 100 * attain and not refused
+        point.kept = point.held is not False and keeps(point.attained_pct, 100 * attain) and not refused
         point.refused = sorted(refused)
         point.j_per_good_request = load_analysis(loads.out / point.run).summary.goodput.j_per_good_request
         joules = f", {text.number(point.j_per_good_request)} J per request within the SLO" if point.kept else ""
         missed = "".join(f", {name}" for name in sorted(refused)) or ", not kept"
         unknown = f", {point.undecided_pct:.1f} % may be (slo-undecided)" if point.undecided_pct else ""
-        loads.console.print(
-            f"  {text.setting(setting)}: {point.attained_pct:.1f} % within the SLO{unknown}{joules or missed}"
-        )
+        share = text.attained(point.attained_pct, 100 * attain)
+        loads.console.print(f"  {text.setting(setting)}: {share} % within the SLO{unknown}{joules or missed}")
         return point
 
     def cost(setting: Setting) -> float | None:
@@ -56,7 +55,7 @@ def tune(loads: Loads, attain: float, until_s: float, load: LoadConfig, entry: H
         entry.tuned = tuned
         keep()
         # Answers that nobody can judge count as missed: where the SLO may have been kept, slower settings may keep it, too.
-        may_keep = point.attained_pct + (point.undecided_pct or 0.0) >= 100 * attain
+        may_keep = keeps(point.attained_pct + (point.undecided_pct or 0.0), 100 * attain)
         return joules or (nan if point.kept or point.refused or (point.undecided_pct and may_keep) else inf)
 
     found = cheapest(loads.deployment.tune, cost)

@@ -26,9 +26,9 @@ from pdbench.files import check_writable
 from pdbench.load import plan
 from pdbench.power import clocks
 from pdbench.records import Run
-from pdbench.report import search_files, tables
+from pdbench.report import search_files, tables, text
 from pdbench.search.clocks import axes
-from pdbench.search.document import FILE, Closest, Document, Held, Point, Scaled
+from pdbench.search.document import FILE, Closest, Document, Held, Point, Scaled, keeps
 from pdbench.search.evidence import LEAST_REQUESTS, Array
 from pdbench.search.rates import Answer, Search
 from pdbench.slo_clocks import tune
@@ -330,12 +330,12 @@ def _say(console: Console, point: Point, answer: Answer, goal: Goal) -> None:
     if not isfinite(answer.high):
         known = f"{low} or more" if answer.low > 0 else "unknown"
     held = {True: "held", False: "not held", None: "undecided"}[point.held]
-    if point.held is False and point.attained_pct >= 100 * goal.attain:
+    if point.held is False and keeps(point.attained_pct, 100 * goal.attain):
         held += ", as ever more were in flight"
     left_s = max(0, round(goal.until_s - time.monotonic())) if isfinite(goal.until_s) else None
     left = "" if left_s is None else f", at most {span(left_s)} left"
     console.print(
-        f"  {point.rate_per_s:.3g} requests/s: {point.attained_pct:.1f} % of {point.requests} within the SLO, {held}; "
+        f"  {point.rate_per_s:.3g} requests/s: {text.attained(point.attained_pct, 100 * goal.attain)} % of {point.requests} within the SLO, {held}; "
         f"highest rate {known}{left}",
         soft_wrap=True,
     )

@@ -16,7 +16,7 @@ from pdbench.report.chart_types import BAD, MUTED, Axis, Chart, Panel, Series, s
 from pdbench.report.search_files import save
 from pdbench.report.search_sentence import named, sentence, slo
 from pdbench.report.text import translate as _
-from pdbench.search.document import FILE, Document, Held
+from pdbench.search.document import FILE, Document, Held, keeps
 
 PICTURE, CLOCKS_PICTURE = "search.png", "search-clocks.png"
 COLUMNS = {
@@ -100,7 +100,7 @@ def _enter_figures(entry: Held, analysis: RunAnalysis, attain_pct: float) -> Non
     """Of the confirming run. One that does not count says nothing; one that ended before its servers were busy may refute, but not confirm."""
     goodput = analysis.summary.goodput
     settled = _settled(analysis)
-    if analysis.void(overload=True) or (not settled and round(entry.attained_pct or 0.0, 1) >= attain_pct):
+    if analysis.void(overload=True) or (not settled and keeps(entry.attained_pct or 0.0, attain_pct)):
         entry.attained_pct = None
     entry.goodput_per_s = goodput.requests_per_s if settled else None
     entry.goodput_per_s_per_gpu = goodput.requests_per_s_per_device if settled else None
@@ -128,10 +128,12 @@ def _enter_scales(entry: Held, document: Document) -> None:
 def table(document: Document) -> tables.Table:
     entries = [entry if entry.rate_per_s else structs.replace(entry, low=None) for entry in document.searched()]
     known = [key for key in COLUMNS if any(getattr(entry, key) is not None for entry in entries)]
-    rows = [
-        [named(entry), *(getattr(entry, key) for key in known), _(text.SLO.get(entry.limited_by or "", ""))]
-        for entry in entries
-    ]
+    rows = []
+    for entry in entries:
+        values = {key: getattr(entry, key) for key in known}
+        if "attained_pct" in values:
+            values["attained_pct"] = text.attained(entry.attained_pct, document.attain_pct)
+        rows.append([named(entry), *values.values(), _(text.SLO.get(entry.limited_by or "", ""))])
     header = [_("deployment"), *(_(COLUMNS[key]) for key in known), _("first limit\nto break")]
     title = _("The highest rate within {0}, with its 95 % interval", slo(document))
     return tables.Table(title=title, header=header, rows=rows, left=(0, len(known) + 1))
@@ -144,7 +146,8 @@ def clocks_table(document: Document) -> tables.Table | None:
         joules, usual = found.j_per_good_request, found.before.j_per_good_request if found.before else None
         clocks = _("none keeps the SLO") if found.setting is None else text.setting(found.setting)
         change_pct = 100 * (joules / usual - 1) if joules and usual else None
-        rows.append([name, found.rate_per_s, clocks, found.attained_pct, joules, usual, change_pct, found.loads])
+        share = text.attained(found.attained_pct, document.attain_pct)
+        rows.append([name, found.rate_per_s, clocks, share, joules, usual, change_pct, found.loads])
     known = [_(COLUMNS[key]) for key in ("rate_per_s", "attained_pct", "j_per_good_request", "loads")]
     header = [_("deployment"), known[0], _("cheapest clocks"), *known[1:3], _("as it was"), _("change %"), known[3]]
     title = _("The least energy within {0}", slo(document))

@@ -4,7 +4,7 @@ from math import inf
 
 from pdbench.report import text
 from pdbench.report.text import translate as _
-from pdbench.search.document import Choice, Document, Held
+from pdbench.search.document import Choice, Document, Held, keeps
 
 
 def slo(document: Document) -> str:
@@ -61,10 +61,11 @@ def sentence(document: Document) -> str:
             words += "" if entry.client_limited or void else _("; {0} was not loaded for long enough", entry.name)
         elif not entry.rate_per_s and (near := entry.closest):
             at = _("{0} requests/s", text.number(near.rate_per_s)) if near.rate_per_s else _("one at a time")
-            share, limit = text.number(near.attained_pct), _limit(entry)
+            share, limit = text.attained(near.attained_pct, document.attain_pct), _limit(entry)
             words += _("; {0} holds no rate: closest is {1} % at {2}, {3} breaks it", entry.name, share, at, limit)
-        if entry.rate_per_s and entry.attained_pct is not None and round(entry.attained_pct, 1) < document.attain_pct:
-            share = text.number(entry.attained_pct)
+        confirmed_pct = entry.attained_pct if entry.rate_per_s else None
+        if confirmed_pct is not None and not keeps(confirmed_pct, document.attain_pct):
+            share = text.attained(confirmed_pct, document.attain_pct)
             words += _("; {0}'s confirming run kept it for {1} % of its requests", entry.name, share)
         if entry.rate_per_s and any(point.undecided_pct for _rate, point in document.loads(entry.name)):
             words += _(
@@ -117,8 +118,8 @@ def _clocks_sentence(document: Document) -> str:
             words += _(
                 ", chosen by joules that are what they are at most, as answers that nobody can judge count as missed"
             )
-        if (found.attained_pct or 0.0) < document.attain_pct:
-            share = text.number(found.attained_pct)
+        if not keeps(found.attained_pct or 0.0, document.attain_pct):
+            share = text.attained(found.attained_pct, document.attain_pct)
             words += _(", but the confirming run kept the SLO for {0} % of its requests", share)
         elif not found.kept:
             words += _(

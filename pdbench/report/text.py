@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from math import isfinite
+from math import floor, isfinite
 from pathlib import Path, PurePath
 from typing import Any, cast
 
 from pdbench.analysis.device_flags import THROTTLED_PCT
 from pdbench.analysis.run_analysis import RunAnalysis, is_foreign
 from pdbench.analysis.slo import SLO
+from pdbench.search.document import keeps
 
 Runs = Mapping[str, RunAnalysis]
 """What a run is called in these tables and charts -> the run."""
@@ -151,6 +152,13 @@ def number(value: str | float | None, missing: str = "–") -> str:
         return f"{value:#.3g}"
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
     return f"{value:,.{digits}f}"
+
+
+def attained(share_pct: float | None, attain_pct: float) -> str:
+    """A share of requests within the SLO; rounded down where it would else read as the share that it misses."""
+    if share_pct is not None and keeps(round(share_pct, 1), attain_pct) and not keeps(share_pct, attain_pct):
+        share_pct = floor(10 * share_pct) / 10
+    return number(share_pct)
 
 
 def value(analysis: RunAnalysis, metric: str) -> float | None:

@@ -7,6 +7,13 @@ import msgspec
 from pdbench.search.clocks import Setting
 
 FILE = "search.json"
+_LAST_BITS = 1e-9
+"""100 * 0.55 is more than 55: no load misses by this."""
+
+
+def keeps(attained_pct: float, attain_pct: float) -> bool:
+    """Is the share of requests within the SLO as large as it must be? It is not rounded: 94.96 % is not 95 %."""
+    return attained_pct >= attain_pct - _LAST_BITS
 
 
 class Point(msgspec.Struct, kw_only=True):
