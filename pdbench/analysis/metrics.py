@@ -220,6 +220,7 @@ def timings_of(run: Run) -> Timings:
     sent_s, end_s, planned_s = (column(records, name) for name in ("sent_s", "end_s", "planned_s"))
     arrivals = arrivals_of(records)
     ok, gaps_ms, is_gap = arrivals.ok, np.diff(arrivals.token_s) * 1e3, arrivals.is_gap & ~arrivals.coarse_gap
+    ttft_ms, e2e_ms = ((until_s - sent_s) * 1e3 for until_s in (arrivals.first_s, end_s))
     # A canary's prompt that a cache may know says nothing of prefill.
     fresh = ok & np.array([record.canary is None or not record.canary.repeated for record in records], dtype=bool)
     unknown = (np.nan, np.nan)
@@ -234,10 +235,10 @@ def timings_of(run: Run) -> Timings:
         ok=ok,
         sent_s=sent_s,
         end_s=end_s,
-        ttft_ms=np.where(fresh, (arrivals.first_s - sent_s) * 1e3, np.nan),
+        ttft_ms=np.where(fresh, ttft_ms, np.nan),
         ttfo_ms=np.where(fresh, (arrivals.answer_s - sent_s) * 1e3, np.nan),
         mean_tbt_ms=arrivals.mean_tbt_ms,
-        e2e_ms=np.where(fresh, (end_s - sent_s) * 1e3, np.nan),
+        e2e_ms=np.where(fresh, e2e_ms, np.nan),
         send_delay_ms=(sent_s - planned_s) * 1e3,
         prompt_tokens=column(records, "prompt_tokens"),
         output_tokens=arrivals.output_tokens,
@@ -258,7 +259,7 @@ def timings_of(run: Run) -> Timings:
         is_batch=(run.config.get("load") or {}).get("phase") == "decode",
         requests=requests,
         arrivals=arrivals,
-        slo=judge(run.config.get("load") or {}, arrivals, sent_s, end_s, requests.cut),
+        slo=judge(run.config.get("load") or {}, arrivals, ttft_ms, e2e_ms, requests.cut),
         phase_s=phase_s,
         tbt_ms=gaps_ms[is_gap],
         tbt_request=arrivals.request[1:][is_gap],

@@ -55,17 +55,17 @@ def undecided_flag(slo: Judged) -> Iterator[Flag]:
         )
 
 
-def judge(load: dict[str, Any], arrivals: Arrivals, sent_s: Array, end_s: Array, cut: BoolArray) -> Judged:
-    """`cut` requests had not ended when the load was stopped; a request of one token has no TBT to miss (NaN is above no limit)."""
+def judge(load: dict[str, Any], arrivals: Arrivals, ttft_ms: Array, e2e_ms: Array, cut: BoolArray) -> Judged:
+    """Of all requests, failed ones too. `cut` requests had not ended when the load was stopped; a request of one token has no TBT to miss (NaN is above no limit)."""
     ok, no = arrivals.ok, np.zeros(len(cut), dtype=bool)
     limits = {name: limit for name in SLO if (limit := load.get(name)) is not None}
     # A request that was cut off took at least this long.
-    until_s = np.where(np.isfinite(arrivals.first_s), arrivals.first_s, end_s)
-    first_ms, took_ms = (np.where(cut | ok, (at_s - sent_s) * 1e3, np.nan) for at_s in (until_s, end_s))
+    first_ms = np.where(np.isfinite(ttft_ms), ttft_ms, e2e_ms)
+    first_ms, took_ms = (np.where(cut | ok, known_ms, np.nan) for known_ms in (first_ms, e2e_ms))
     least_mean_ms, most_mean_ms = arrivals.mean_tbt_bounds_ms
     # Cut off after its first token: as if all tokens that were asked for had come; not known where nobody knows how many.
     gaps = (most_output_tokens(load) or 1) - 1
-    cut_mean_ms = (end_s - arrivals.first_s) * 1e3 / gaps if gaps > 0 else np.nan
+    cut_mean_ms = (e2e_ms - ttft_ms) / gaps if gaps > 0 else np.nan
     bounds = {
         "slo_ttft_ms": (first_ms, first_ms),
         "slo_tbt_ms": (np.where(cut, cut_mean_ms, least_mean_ms), most_mean_ms),
