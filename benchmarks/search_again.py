@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from pdbench import failures, slo_search
+from pdbench.analysis.metrics import timings_of
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.records import load_run
@@ -28,14 +29,14 @@ def answer_of(document: Document, folder: Path, load: LoadConfig, name: str) -> 
     alone = next((point for point in points if point.rate_per_s is None), None)
     if alone is None:
         return None
-    alone_s, first_rate = slo_search._pace(load_run(folder / alone.run))
+    alone_s, first_rate = slo_search._pace(timings_of(load_run(folder / alone.run)))
     search = Search(1 - document.attain_pct / 100, load.rate or first_rate, slo_search._unit_arrivals(load))
     for point in points:
         if point.rate_per_s and Path(point.run).parent.name.startswith("load-"):
             run = load_run(folder / point.run)
             if not failures.void(run.flags, None, 0) and not client_was_the_limit(run, point):
                 settled = point.load_s >= settle_s(load, alone_s)
-                search.add(replace(outcome_of(run, point.rate_per_s, point.held), settled=settled))
+                search.add(replace(outcome_of(timings_of(run), point.rate_per_s, point.held), settled=settled))
     return search.answer() if search.outcomes else None
 
 

@@ -25,13 +25,14 @@ from search_accuracy import ATTAIN, REQUESTS, SERVERS, TOKENS, Server
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from pdbench import slo_loads, slo_search
+from pdbench.analysis.metrics import timings_of
 from pdbench.config import LoadConfig, Options
 from pdbench.load import plan
 from pdbench.load.generator import Progress
 from pdbench.records import Clock, RequestError, RequestRecord, Run
 from pdbench.search.document import Held, Point
 from pdbench.search.rates import Search
-from pdbench.slo_loads import Deployment, LoadJudge, Loads, outcome_of
+from pdbench.slo_loads import Deployment, LoadJudge, Loads, Sent, outcome_of
 
 
 class SimulatedTime:
@@ -159,12 +160,11 @@ class LawLoads(Loads):
         super().__init__(deployment, ATTAIN, Path(), Console(quiet=True), [], [])
         self.server = server
 
-    def send(
-        self, name: str, load: LoadConfig, judge: LoadJudge | None = None, setting: Any = None
-    ) -> tuple[Run, Point]:
+    def send(self, name: str, load: LoadConfig, judge: LoadJudge | None = None, setting: Any = None) -> Sent:
         records, end_s = sent(records_of(self.server, load), judge)
         run = Run(name="law", clock=Clock(0, 0), config={"load": asdict(load)}, host={}, versions={}, requests=records)
-        outcome = outcome_of(run, load.rate or 0.0, judge.held if judge else None)
+        timings = timings_of(run)
+        outcome = outcome_of(timings, load.rate or 0.0, judge.held if judge else None)
         share = float(outcome.missed.mean()) if len(outcome.missed) else 0.0
         point = Point(
             deployment="law",
@@ -179,7 +179,7 @@ class LawLoads(Loads):
             load_s=end_s - records[0].planned_s,
         )
         self.points.append(point)
-        return run, point
+        return Sent(run, timings, outcome, point)
 
 
 def searched(server: Server | Engine, seed: int, most_s: float) -> dict[str, Any]:

@@ -29,8 +29,9 @@ def tune(loads: Loads, attain: float, until_s: float, load: LoadConfig, entry: H
     def send(prefix: str, load: LoadConfig, setting: Setting, judge: LoadJudge | None = None) -> Point:
         """The point, with `kept`: was the SLO kept, and the setting that was requested held?"""
         words = ",".join(f"{key}={value or 'none'}" for key, value in setting.items())
-        run, point = loads.send(f"{prefix}-{words}", load, judge, setting)
-        refused = {flag.name for flag in run.flags} & {"clock-clamped", "client-limited", "client-stalled", *VOID}
+        sent = loads.send(f"{prefix}-{words}", load, judge, setting)
+        point = sent.point
+        refused = {flag.name for flag in sent.run.flags} & {"clock-clamped", "client-limited", "client-stalled", *VOID}
         point.kept = point.held is not False and keeps(point.attained_pct, 100 * attain) and not refused
         point.refused = sorted(refused)
         point.j_per_good_request = load_analysis(loads.out / point.run).summary.goodput.j_per_good_request

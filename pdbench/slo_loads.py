@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import inf, isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -117,6 +117,15 @@ class LoadJudge:
         return self.reason
 
 
+class Sent(NamedTuple):
+    """A load that was sent, now or before, and what it came to."""
+
+    run: Run
+    timings: Timings
+    outcome: Outcome
+    point: Point
+
+
 @dataclass
 class Loads:
     """Sends the loads of a deployment; those in `saved` are not sent again. Each is entered in `points`."""
@@ -137,8 +146,8 @@ class Loads:
         judge: LoadJudge | None = None,
         setting: Setting | None = None,
         least_s: float = 0.0,
-    ) -> tuple[Run, Point]:
-        """The run and its point. A saved one is sent again if it does not count, or lasted neither `least_s` nor as long as this one would.
+    ) -> Sent:
+        """A saved load is sent again if it does not count, or lasted neither `least_s` nor as long as this one would.
 
         Raises UserError for a load that cannot be judged, but after one that could: it is one that missed then, as each of its requests is.
         """
@@ -149,7 +158,9 @@ class Loads:
         if point is not None and point.rate_per_s == load.rate and not point.void and point.load_s >= long_s:
             self.console.print(f"  {name}: already measured")
             self.points.append(point)
-            return load_run(self.out / point.run), point
+            run = load_run(self.out / point.run)
+            timings = timings_of(run)
+            return Sent(run, timings, outcome_of(timings, load.rate or 0.0, point.held), point)
         begin_again(folder.parent, folder)
         # Other deployments get the same prompts; other loads on the same servers do not.
         parts = (load.nonce, deployment.name.partition(",")[2], name)
@@ -172,15 +183,15 @@ class Loads:
                 f"connections were refused during {folder}, which is not counted: do the servers still run?"
             )
         held, counted = judge.held if judge else None, int(slo.counted.sum())
-        scores = outcome_of(run, load.rate or 0.0, held).score
-        used = float(np.quantile(scores, self.attain, method="inverted_cdf")) if len(scores) else inf
+        outcome = outcome_of(timings, load.rate or 0.0, held)
+        used = float(np.quantile(outcome.score, self.attain, method="inverted_cdf")) if len(outcome.score) else inf
         point = Point(
             deployment=deployment.name,
             run=str((folder / f"{run.name}_results").relative_to(self.out)),
             rate_per_s=load.rate,
             setting=setting,
             requests=counted,
-            attained_pct=100 * float(slo.in_slo.sum() / max(1, counted)),
+            attained_pct=slo.met_pct or 0.0,
             undecided_pct=100 * float(slo.undecided.sum() / max(1, counted)),
             slo_used=used if isfinite(used) else None,
             held=held,
@@ -193,7 +204,7 @@ class Loads:
             self.beside_s = max(0.0, took_s - point.load_s)
         self.sent += 1
         self.points.append(point)
-        return run, point
+        return Sent(run, timings, outcome, point)
 
 
 def client_was_the_limit(run: Run, point: Point) -> bool:
@@ -202,9 +213,8 @@ def client_was_the_limit(run: Run, point: Point) -> bool:
     return stood_still or (point.client_limited and point.held is not False)
 
 
-def outcome_of(run: Run, rate: float, held: bool | None) -> Outcome:
+def outcome_of(timings: Timings, rate: float, held: bool | None) -> Outcome:
     """What a load came to, up to the first request that was cut off before it had missed. One that nobody can judge has missed."""
-    timings = timings_of(run)
     slo, ok = timings.slo, timings.requests.ok & ~timings.slo.undecided
     unknown = np.flatnonzero(~slo.counted)
     end = int(unknown[0]) if len(unknown) else len(slo.counted)

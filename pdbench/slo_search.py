@@ -17,7 +17,7 @@ from msgspec import structs
 from rich.console import Console
 
 from pdbench import documents, identity, sweep
-from pdbench.analysis.metrics import timings_of
+from pdbench.analysis.metrics import Timings
 from pdbench.analysis.run_analysis import load_analysis
 from pdbench.analysis.slo import SLO
 from pdbench.config import LoadConfig, Options, flag_of
@@ -25,14 +25,13 @@ from pdbench.errors import UserError, span
 from pdbench.files import check_writable
 from pdbench.load import plan
 from pdbench.power import clocks
-from pdbench.records import Run
 from pdbench.report import search_files, tables, text
 from pdbench.search.clocks import axes
 from pdbench.search.document import FILE, Closest, Document, Held, Point, Scaled, keeps
 from pdbench.search.evidence import LEAST_REQUESTS, Array
 from pdbench.search.rates import Answer, Search
 from pdbench.slo_clocks import tune
-from pdbench.slo_loads import PROBE, TIME_UP, Deployment, LoadJudge, Loads, client_was_the_limit, outcome_of, settle_s
+from pdbench.slo_loads import PROBE, TIME_UP, Deployment, LoadJudge, Loads, client_was_the_limit, settle_s
 
 REQUESTS = 500  # per load
 MOST_LOADS = 30
@@ -197,10 +196,10 @@ def _search_one(loads: Loads, goal: Goal, entry: Held, keep: Callable[[], None])
     """One deployment: a load with one request at a time, the highest rate, the cheapest clocks."""
     deployment, load = loads.deployment, loads.deployment.options.load
     probe = kinds_of_loads(load)[0]
-    alone_s, first_rate = _pace(loads.send("one-at-a-time", probe)[0])
+    alone_s, first_rate = _pace(loads.send("one-at-a-time", probe).timings)
     if deployment.tune:  # whether clocks can be set is known before anything takes long
         slowest = {key: values[0] for key, values in deployment.tune.items()}
-        _, point = loads.send("one-at-a-time-slowest", probe, setting=slowest)
+        point = loads.send("one-at-a-time-slowest", probe, setting=slowest).point
         if reason := load_analysis(loads.out / point.run).summary.energy.not_measured:
             raise UserError(f"--tune compares energy, which is not measured for {deployment.name}: {reason}")
     if goal.tune_rate is None or not deployment.tune:
@@ -245,12 +244,13 @@ def _search_rate(
             left_s = until_s - time.monotonic()
             end_s = until_s - min(left_s / 2, max(0.0, left_s - 3 * least_s))
             judge = LoadJudge(search, changed, end_s, least_s)
-            run, point = loads.send(f"load-{number + 1:02d}", changed, judge)
+            sent = loads.send(f"load-{number + 1:02d}", changed, judge)
+            point = sent.point
             number += 1
             if judge.reason == TIME_UP and point.load_s < least_s:  # servers that were idle meet every SLO at first
                 loads.points.pop()
                 continue
-            if point.void or client_was_the_limit(run, point):
+            if point.void or client_was_the_limit(sent.run, point):
                 limited += 1
                 is_last = limited == MOST_LIMITED
                 words = "higher rates need more --client-processes" if is_last else "it does not count, another follows"
@@ -260,13 +260,13 @@ def _search_rate(
                     break
                 continue
             limited = 0
-            search.add(replace(outcome_of(run, rate, point.held), settled=point.load_s >= least_s))
+            search.add(replace(sent.outcome, settled=point.load_s >= least_s))
             _enter(entry, search.answer(), loads.points)
             keep()
             _say(loads.console, point, search.answer(), goal)
         if search.answer().low > 0:
             found = _confirmed(load, search.answer().rate, goal.until_s - begin_s, least_s)
-            _, point = loads.send("confirmed", found, least_s=least_s)
+            point = loads.send("confirmed", found, least_s=least_s).point
             entry.attained_pct, entry.run = point.attained_pct, point.run
         entry.slo_scale = _scales(search)
     finally:
@@ -274,9 +274,9 @@ def _search_rate(
         keep()
 
 
-def _pace(run: Run) -> tuple[float, float]:
+def _pace(timings: Timings) -> tuple[float, float]:
     """(seconds of one request that is alone, the rate to begin with): half of what one prefill at a time could do."""
-    requests = timings_of(run).requests
+    requests = timings.requests
     if not requests.ok.any():
         raise UserError("no request of the first load succeeded: read the servers' logs")
     e2e_s, ttft_s = (float(np.nanmedian(values)) / 1e3 for values in (requests.e2e_ms, requests.ttft_ms))

@@ -25,7 +25,7 @@ def tuned(undecided_pct: dict[int | None, float]) -> tuple[Document, list[int | 
     loads: Any = SimpleNamespace(points=[], beside_s=0.0, out=Path(), console=Console(quiet=True))
     loads.deployment = SimpleNamespace(options=Options(load=LOAD), tune={"single_clock": CLOCKS})
 
-    def send(name: str, load: LoadConfig, judge: object, setting: dict[str, int | None]) -> tuple[Run, Point]:
+    def send(name: str, load: LoadConfig, judge: object, setting: dict[str, int | None]) -> SimpleNamespace:
         clock = setting["single_clock"]
         unknown = undecided_pct.get(clock, 0.0)
         point = Point(
@@ -34,7 +34,7 @@ def tuned(undecided_pct: dict[int | None, float]) -> tuple[Document, list[int | 
         )  # fmt: skip
         sent.append(clock)
         loads.points.append(point)
-        return Run(name="single", clock=Clock(0, 0), config={}, host={}, versions={}), point
+        return SimpleNamespace(run=Run(name="single", clock=Clock(0, 0), config={}, host={}, versions={}), point=point)
 
     def analysis(path: Path) -> Any:
         clock = sent[-1]

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from pdbench import cli, slo_search
+from pdbench.analysis.metrics import timings_of
 from pdbench.config import LoadConfig, Options
 from pdbench.errors import UserError
 from pdbench.load import plan
@@ -132,7 +133,7 @@ def test_overload_ends_within_seconds_and_its_cut_requests_count_only_once_they_
     assert overloaded.rate_per_s == 40.0 and overloaded.held is False
     assert overloaded.requests < 120 and overloaded.limited_by == "slo_ttft_ms"
     run = commands.load_run(tmp_path / overloaded.run)
-    outcome = outcome_of(run, 40.0, held=False)
+    outcome = outcome_of(timings_of(run), 40.0, held=False)
     assert len(outcome.score) < len(run.requests) and outcome.missed.mean() > 0.5
 
 

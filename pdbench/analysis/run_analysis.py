@@ -328,9 +328,7 @@ def _summary(run: Run, timings: Timings, meters: list[Meter], totals: Totals, ca
             requests_per_s=totals.ratio("goodput_requests_per_s"),
             requests_per_s_per_device=totals.ratio("goodput_requests_per_s_per_device"),
             j_per_good_request=totals.ratio("j_per_good_request"),
-            met_pct=per(100.0 * int(slo.in_slo.sum()), int(slo.counted.sum()))
-            if slo.in_slo is not None and slo.goodput_known
-            else None,
+            met_pct=slo.met_pct if slo.goodput_known else None,
         ),
         energy=energy_of(run, timings, meters, totals, cache),
         servers=servers_of(run),

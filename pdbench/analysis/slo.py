@@ -34,6 +34,12 @@ class Judged:
     undecided: BoolArray
 
     @property
+    def met_pct(self) -> float | None:
+        """Per cent of the counted requests that met the SLO for certain; None without an SLO, or when nothing is counted."""
+        counted = int(self.counted.sum())
+        return None if self.in_slo is None or not counted else 100 * int(self.in_slo.sum()) / counted
+
+    @property
     def nothing_judged(self) -> bool:
         """Is there no request of which it is known whether it met the limits?"""
         return bool(self.undecided.any()) and not (self.counted & ~self.undecided).any()
