@@ -1,6 +1,7 @@
 """The energy of a run: what each role used over the trials' windows, what a token cost, what the KV transfers took."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import inf
 from typing import NamedTuple
 
@@ -210,7 +211,7 @@ def _role_energy(
         waiting_uncertain_j=waiting.uncertain_j,
         waiting_s=length_s(windows) - length_s(phase) if phase else None,
         idle_power_w=total([meter.device.idle_power_w.get(ENGINE_READY) for meter in meters]),
-        j_per_output_token=per(whole.energy_j, totals.output_tokens),
+        j_per_output_token=replace(totals, energy_j=whole.energy_j).ratio("j_per_output_token"),
     )
 
 
