@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 
 from pdbench.analysis.energy import ROLE_ORDER, why_not_measured
-from pdbench.analysis.meter import union
+from pdbench.analysis.intervals import union
 from pdbench.analysis.metrics import Array, BoolArray, IntArray, Timings, mean_ttft_parts_ms, quantiles
 from pdbench.analysis.power_curve import power_curve, sampled
 from pdbench.analysis.servers import marks_of

@@ -3,7 +3,8 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from pdbench.analysis.meter import EnergyWindow, Meter, PowerScope, length_s
+from pdbench.analysis.intervals import length_s
+from pdbench.analysis.meter import EnergyWindow, Meter, PowerScope
 from pdbench.analysis.power_curve import EDGE_S
 from pdbench.records import Flag, Interval
 

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from pdbench.analysis.meter import COARSE, REFUSED_SHARE, Meter, difference, intersection, length_s, total, union
-from pdbench.analysis.metrics import RATIOS, Timings, Totals, inside, per
+from pdbench.analysis.intervals import difference, intersection, length_s, union
+from pdbench.analysis.meter import COARSE, REFUSED_SHARE, Meter
+from pdbench.analysis.metrics import RATIOS, Timings, Totals, inside, per, total
 from pdbench.analysis.servers import PrefixCache
 from pdbench.events import TransferEvent
 from pdbench.records import DeviceRecord, Flag, Interval, Run

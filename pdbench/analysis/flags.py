@@ -8,7 +8,8 @@ import numpy as np
 from pdbench import failures
 from pdbench.analysis.device_flags import clocks_set, device_flags
 from pdbench.analysis.energy import Energy, phase_flags
-from pdbench.analysis.meter import Meter, intersection, length_s, union
+from pdbench.analysis.intervals import intersection, length_s, union
+from pdbench.analysis.meter import Meter
 from pdbench.analysis.metrics import Timings, inside
 from pdbench.analysis.servers import PrefixCache, prefix_cache_flags, server_flags
 from pdbench.analysis.slo import undecided_flag

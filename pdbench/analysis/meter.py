@@ -6,7 +6,8 @@ from itertools import pairwise
 import msgspec
 import numpy as np
 
-from pdbench.analysis.metrics import Array, BoolArray, inside, per
+from pdbench.analysis.intervals import difference, intersection, length_s, union
+from pdbench.analysis.metrics import Array, BoolArray, inside, per, total
 from pdbench.analysis.power_curve import HOLE_S, Curve, curve_of, highest_limit_w, sampled, scope_of
 from pdbench.records import DeviceRecord, DeviceSample, Interval
 
@@ -330,38 +331,3 @@ def _around_holes(t: Array, steps: Array, curve: Curve, hole_s: float) -> tuple[
         unknown = np.insert(unknown, [i, i + 1], [False, False])
         unknown[i + 1] = True
     return t, steps, unknown
-
-
-def length_s(windows: Sequence[Interval]) -> float:
-    """Seconds of windows that do not overlap."""
-    return sum((end - start for start, end in windows), 0.0)
-
-
-def union(windows: Sequence[Interval], depth: int = 1) -> list[Interval]:
-    """The instants that at least `depth` windows cover, as sorted windows that do not overlap; empty and reversed ones cover none."""
-    edges = np.array([(start, end) for start, end in windows if end > start], dtype=float).reshape(-1, 2).T
-    order = np.argsort(edges, axis=None, kind="stable")  # of one instant, the starts come first
-    at, step = edges.ravel()[order], np.where(order < edges.shape[1], 1, -1)
-    cover = np.cumsum(step)
-    bounds = zip(
-        at[(step > 0) & (cover == depth)].tolist(), at[(step < 0) & (cover == depth - 1)].tolist(), strict=True
-    )
-    return [(start, end) for start, end in bounds if end > start]
-
-
-def intersection(first: Sequence[Interval], second: Sequence[Interval]) -> list[Interval]:
-    """The instants that lie in both."""
-    return union([*union(first), *union(second)], depth=2)
-
-
-def difference(first: Sequence[Interval], second: Sequence[Interval]) -> list[Interval]:
-    """The instants of `first` that do not lie in `second`."""
-    taken = union(second)
-    ends, starts = [-np.inf, *(end for _, end in taken)], [*(start for start, _ in taken), np.inf]
-    return intersection(first, list(zip(ends, starts, strict=True)))
-
-
-def total(parts: Sequence[float | None]) -> float | None:
-    """None as soon as a part is not measured: a total with a piece missing is no total."""
-    numbers = [part for part in parts if part is not None]
-    return float(sum(numbers)) if len(numbers) == len(parts) else None

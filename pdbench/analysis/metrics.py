@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from pdbench.analysis.arrivals import Array, Arrivals, BoolArray, IntArray, arrivals_of, column
+from pdbench.analysis.intervals import length_s
 from pdbench.analysis.slo import Judged, judge
 from pdbench.events import ProxyEvent, ways_of
 from pdbench.failures import INTERRUPTED
@@ -196,7 +197,7 @@ class Timings:
         ended = inside(self.requests.end_s, windows)
         tokens = float(self.arrivals.weight[inside(self.arrivals.token_s, windows)].sum())
         good = None if self.is_batch or not self.slo.goodput_known else self.slo.in_slo
-        window_s = sum((end - start for start, end in windows), 0.0)
+        window_s = length_s(windows)
         return Totals(
             window_s=window_s,
             device_s=window_s * gpus if gpus else None,
@@ -345,3 +346,9 @@ def spread(rising: Array) -> Spread | None:
 def per(top: float | None, bottom: float | None) -> float | None:
     """A ratio; None when either is not known or there is nothing to divide by."""
     return None if top is None or bottom is None or not bottom > 0 else float(top / bottom)
+
+
+def total(parts: Sequence[float | None]) -> float | None:
+    """None as soon as a part is not measured: a total with a piece missing is no total."""
+    numbers = [part for part in parts if part is not None]
+    return float(sum(numbers)) if len(numbers) == len(parts) else None

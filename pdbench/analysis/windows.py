@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from pdbench.analysis.intervals import length_s
 from pdbench.analysis.metrics import Array, Timings, inside
 from pdbench.config import is_open_loop
 from pdbench.records import Flag, Interval, Run
@@ -72,25 +73,25 @@ def ramps_in_window(run: Run, timings: Timings) -> Iterator[Flag]:
         return
     for trial in run.trials:
         here = requests.ok & (requests.trial == trial.index)
-        length_s = trial.end_s - trial.start_s
+        window_s = trial.end_s - trial.start_s
         window, why = str(trial.client.get("window", "")), None
         off = "requests/s, tokens/s and energy are of less than this load; raise --requests or --duration-s"
         maybe_off = "requests/s, tokens/s and energy may be off by over 5 %; raise --requests or --duration-s"
-        if not here.any() or length_s <= 0:
+        if not here.any() or window_s <= 0:
             continue
         sent_s, end_s = requests.sent_s[here], requests.end_s[here]
         span = [(trial.start_s, trial.end_s)]
         sent, ended = (int(np.count_nonzero(inside(at_s, span))) for at_s in (sent_s, end_s))
         if window.startswith("whole run"):
-            partly_s = min(length_s, float(end_s.min() - trial.start_s) + trial.end_s - float(sent_s.max()))
-            if partly_s > FEW_SHARE * length_s:
-                why = f"no time at full load, its window is the whole run, of which {100 * partly_s / length_s:.0f} % was filling and draining"
+            partly_s = min(window_s, float(end_s.min() - trial.start_s) + trial.end_s - float(sent_s.max()))
+            if partly_s > FEW_SHARE * window_s:
+                why = f"no time at full load, its window is the whole run, of which {100 * partly_s / window_s:.0f} % was filling and draining"
         elif window.startswith(OPEN_WINDOWS):
             lasts_s = end_s - sent_s
-            median_s, in_flight = float(np.median(lasts_s)), float(lasts_s.mean()) * sent / length_s
+            median_s, in_flight = float(np.median(lasts_s)), float(lasts_s.mean()) * sent / window_s
             is_level = load.get("rate") and not load.get("ramp_to")
-            if length_s < median_s:
-                why = f"its window of {length_s:.1f} s is shorter than a request ({median_s:.1f} s, p50): most of what ended in it began on emptier servers"
+            if window_s < median_s:
+                why = f"its window of {window_s:.1f} s is shorter than a request ({median_s:.1f} s, p50): most of what ended in it began on emptier servers"
             elif is_level and sent - ended > max(FEW_SHARE * sent, 3 * in_flight**0.5):
                 why = f"{sent} requests were sent in its window and {ended} ended: ever more were in flight"
             elif ended - sent > max(FEW_SHARE * sent, 3 * in_flight**0.5):
@@ -138,7 +139,7 @@ def rate_uncertain(run: Run, timings: Timings) -> Iterator[Flag]:
         if len(intervals) < 2:
             return
         # All of a trial's arrivals stand in a fixed time: only what lies outside of the windows is left to chance.
-        window_s = 0.0 if load.get("steady_s") else sum(end - start for start, end in timings.windows)
+        window_s = 0.0 if load.get("steady_s") else length_s(timings.windows)
         outside = max(0.0, 1 - window_s * load["rate"] / len(requests.sent_s))
         of_requests = intervals.std() * outside**0.5
         number, of_tokens = ended, np.hypot(of_requests, of_lengths)

@@ -8,7 +8,8 @@ from scipy.optimize import nnls
 from pdbench.analysis.arrivals import Array, IntArray
 from pdbench.analysis.device_flags import IDLE_BUSY_PCT
 from pdbench.analysis.energy import ENGINE_READY
-from pdbench.analysis.meter import Meter, union
+from pdbench.analysis.intervals import union
+from pdbench.analysis.meter import Meter
 from pdbench.plan.engine import Costs, Limits
 from pdbench.plan.instance import Instance
 from pdbench.plan.records import PowerCosts

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from pdbench.analysis.device_flags import device_flags
 from pdbench.analysis.energy import Energy, joules
-from pdbench.analysis.meter import Meter, difference, intersection, length_s, union
+from pdbench.analysis.intervals import difference, intersection, length_s, union
+from pdbench.analysis.meter import Meter
 from pdbench.analysis.run_analysis import analyze
 from pdbench.events import ProxyEvent, TransferEvent
 from pdbench.records import (
