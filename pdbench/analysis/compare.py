@@ -238,8 +238,7 @@ def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
         noted["input files"] = run.config.get("inputs") or None
         noted |= _gpus_found(run)
         sides.append((refused, noted))
-        tokens, count = run.summary.tokens, run.summary.requests.succeeded
-        lengths.append([total / count if total and count else None for total in (tokens.prompt, tokens.output)])
+        lengths.append([spread.mean if spread else None for spread in run.requests.lengths])
     differing = [
         Mismatch(f"{what} tokens per request", f"{left:.0f}", f"{right:.0f}", refused=False)
         for what, left, right in zip(("prompt", "output"), *lengths, strict=True)

@@ -125,6 +125,12 @@ class Requests(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         """Was it in flight when the load was stopped?"""
         return np.array([kind == INTERRUPTED for kind in self.error], dtype=bool)
 
+    @property
+    def lengths(self) -> tuple[Spread | None, Spread | None]:
+        """Tokens of the prompts, and of the outputs, of the requests that succeeded."""
+        prompt, output = (spread(rising(column[self.ok])) for column in (self.prompt_tokens, self.output_tokens))
+        return prompt, output
+
     def first_sent_by(self, *senders: str) -> BoolArray:
         """Did one of these send the request's first token?"""
         return np.array([sender in senders for sender in self.first_token], dtype=bool)

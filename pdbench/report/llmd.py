@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from pdbench.analysis.metrics import Spread, rising, spread
+from pdbench.analysis.metrics import Spread
 from pdbench.analysis.run_analysis import DeviceSummary, RunAnalysis, is_foreign
 from pdbench.report import text
 
@@ -31,10 +31,8 @@ def report(analysis: RunAnalysis) -> dict[str, Any]:
         "inter_token_latency": ("ms/token", summary.tbt_ms),
         "request_latency": ("ms", summary.e2e_ms),
     }
-    lengths = {
-        "input_length": ("count", spread(rising(requests.prompt_tokens[requests.ok]))),
-        "output_length": ("count", spread(rising(requests.output_tokens[requests.ok]))),
-    }
+    prompt, output = requests.lengths
+    lengths = {"input_length": ("count", prompt), "output_length": ("count", output)}
     aggregate = {
         "requests": {"total": summary.requests.sent, "failures": summary.requests.failed} | _spreads(lengths),
         "latency": _spreads(latencies),
@@ -108,7 +106,7 @@ def _roles_of(device: DeviceSummary) -> list[str]:
 
 def _load(analysis: RunAnalysis) -> dict[str, Any]:
     load = analysis.config.get("load") or {}
-    prompts = spread(rising(analysis.requests.prompt_tokens))
+    prompts, _outputs = analysis.requests.lengths
     fixed = bool(load.get("input_tokens")) and load.get("input_distribution") == "fixed"
     length = {"distribution": "fixed" if fixed else "other", "value": prompts.mean if prompts else 0}
     standardized = {

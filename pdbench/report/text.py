@@ -263,10 +263,9 @@ def _inputs(analysis: RunAnalysis) -> str:
 
 def _load(analysis: RunAnalysis) -> list[str]:
     inputs = "" if (analysis.config.get("load") or {}).get("trace") else _inputs(analysis)
-    tokens, requests = [], analysis.requests
-    for words, column in (("{0} tokens in", requests.prompt_tokens), ("{0} out", requests.output_tokens)):
-        known = column[requests.ok & (column > 0)]
-        span = [f"{bound:.0f}" for bound in (known.min(), known.max())] if len(known) else []
+    tokens = []
+    for words, length in zip(("{0} tokens in", "{0} out"), analysis.requests.lengths, strict=True):
+        span = [f"{bound:.0f}" for bound in (length.min, length.max)] if length and length.max else []
         tokens.append(_(words, "–".join(dict.fromkeys(span))) if span else "")
     name = model(analysis)
     return [name if name == "model" else _("model {0}", name), arrivals(analysis), inputs, *tokens]
