@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from pdbench.answers import LIKELIEST, TOKENS, Answer, compare, follow, read, too_many
-from pdbench.config import LoadConfig, dropped_fields
+from pdbench.config import TEMPLATE_TOKENS, LoadConfig, dropped_fields
 from pdbench.errors import UserError
 from pdbench.events import Event, ProxyEvent
 from pdbench.http import request
@@ -27,8 +27,6 @@ from pdbench.serving.deployment import DeploymentInfo
 
 LEAST = 4
 """Canaries of a trial, however few a share of its requests would be."""
-_TEMPLATE_TOKENS = 32
-"""Tokens at a prompt's front that a cache may hold for every prompt of a chat endpoint."""
 _GROWTH, _ENDLESS = 1.5, 24
 """Nobody knows how many requests an endless load will have: its canaries lie ever further apart, the last at request 11,223."""
 # Fields that a server may not know: it is asked without the first ones, then without both.
@@ -80,12 +78,13 @@ class Canaries:
         """Fill in the trial's canaries; what to say of them, None where none was judged. The servers must be idle again."""
         asked = self._asked.get(load.trial, [])
         answered = [each for each in requests if not each.error]
+        template_tokens = TEMPLATE_TOKENS[load.config.endpoint]
         canaries = [(each, each.canary) for each in answered if each.canary and (each.text or each.canary.token_ids)]
         for record, canary in canaries:
             planned, known = asked[canary.number]
             canary.verdict, canary.equal_tokens, canary.gap_nats = compare(known, canary.token_ids, record.text)
             cached = (record.cached_prompt_tokens or 0) - record.shared_prompt_tokens
-            canary.repeated = not known.salted or (self._url == self.info.url and cached > _TEMPLATE_TOKENS)
+            canary.repeated = not known.salted or (self._url == self.info.url and cached > template_tokens)
             if canary.verdict == "undecided" and servers_live:
                 self._follow(load, planned, known, canary)
             if canary.verdict == "wrong" and servers_live:

@@ -17,8 +17,8 @@ from pdbench.events import Flag, ServerSeries
 if TYPE_CHECKING:
     from pdbench.records import DeviceRecord, RequestRecord, Run, Trial
 
-EARLIEST_S, LATEST_S, CLOCK_ERROR_S = -0.1, 1e8, 1e-3
-"""Instants of a run lie between these (seconds of its clock); two of them are in order up to the clocks' error."""
+EARLIEST_S, LATEST_S, BACKWARDS_S = -0.1, 1e8, 1e-3
+"""Instants of a run lie between these (seconds of its clock); two of them are in order but for BACKWARDS_S, which instants of several clocks may be off by."""
 EARLIEST_DEVICE_S = -3600.0
 """A driver's buffer of power readings reaches back."""
 MOST_TOKENS = 2**24
@@ -187,7 +187,7 @@ def _check_trials(trials: Sequence["Trial"], path: Path) -> None:
             raise _wrong(path, f"trial {trial.index}", why)
     check_distinct(path, "trial", [(trial.index,) for trial in trials])
     for before, after in pairwise(sorted(trials, key=lambda trial: (trial.start_s, trial.end_s))):
-        if after.start_s < before.end_s - CLOCK_ERROR_S:
+        if after.start_s < before.end_s - BACKWARDS_S:
             raise _wrong(path, f"trials {before.index} and {after.index}", "they overlap")
 
 
@@ -223,7 +223,7 @@ def _check_requests(requests: Sequence["RequestRecord"], trials: set[int], path:
 def _what_is_wrong(request: "RequestRecord") -> str | None:
     tokens, choices = request.token_s, request.token_choice
     # Sorting what is sorted is much faster than looking at each pair.
-    if sorted(tokens) != tokens and any(after < before - CLOCK_ERROR_S for before, after in pairwise(tokens)):
+    if sorted(tokens) != tokens and any(after < before - BACKWARDS_S for before, after in pairwise(tokens)):
         return "token_s runs backwards"
     if tokens and request.sent_s is None:
         return "it has token_s and no sent_s"
@@ -244,7 +244,7 @@ def _what_is_wrong(request: "RequestRecord") -> str | None:
     steps = [("sent_s", request.sent_s), ("token_s", first_s), ("token_s", last_s), ("end_s", request.end_s)]
     known = [(name, at_s) for name, at_s in steps if at_s is not None]
     for (earlier, before_s), (name, at_s) in pairwise(known):
-        if at_s < before_s - CLOCK_ERROR_S:
+        if at_s < before_s - BACKWARDS_S:
             return f"{name} {at_s:g} is before {earlier} {before_s:g}"
     return None
 

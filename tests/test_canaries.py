@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -16,7 +17,7 @@ from pdbench.answers import Answer, compare
 from pdbench.config import LoadConfig, Options, PowerConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.load.plan import TrialLoad
-from pdbench.records import Clock, Run, load_run
+from pdbench.records import Canary, Clock, RequestRecord, Run, load_run
 from pdbench.report import commands, text
 from pdbench.serving import deployment as deployments
 from pdbench.serving.deployment import DeploymentInfo, ServerInfo
@@ -319,6 +320,19 @@ def test_server_that_refuses_fields_is_asked_without(tmp_path: Path) -> None:
     assert all(request.canary.repeated for request in run.requests if request.canary)
     figures = analyze(run).summary  # a cache may know their prompts: they say nothing of prefill
     assert figures.ttft_ms is not None and figures.ttft_ms.count == 36 and figures.requests.succeeded == 40
+
+
+@pytest.mark.parametrize(("endpoint", "repeated"), [("completions", True), ("chat", False)])
+def test_prompt_whose_first_block_was_cached_is_known_unless_it_is_a_chat_template(
+    endpoint: Any, repeated: bool
+) -> None:
+    checked = canaries.Canaries(DeploymentInfo(name="bench", url="http://one", model_name="m"), {})
+    planned: Any = None  # an equal answer is compared with nothing else
+    checked._asked[0] = [(planned, KNOWN)]
+    load = TrialLoad(LoadConfig(endpoint=endpoint), "http://one", "m", Clock.start())
+    canary = Canary(number=0, token_ids=IDS)
+    checked.judge(load, [RequestRecord(id="r", planned_s=0.0, text="a b c", cached_prompt_tokens=16, canary=canary)])
+    assert canary.verdict == "equal" and canary.repeated is repeated
 
 
 def test_reference_gets_its_salt_whatever_the_nonce(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 
 from pdbench.analysis.metrics import Array, per
+from pdbench.config import TEMPLATE_TOKENS
 from pdbench.events import LogLine, ServerSeries
 from pdbench.records import Flag, Run
 
@@ -22,14 +23,13 @@ MOST_COMPUTED = 0.01
 """Share of a load's prompt tokens that decode may compute itself beside one per request."""
 MOST_OTHERS, OTHER_TOKENS = 0.05, 256
 """Share of a load's output tokens, and tokens, that its servers may generate beside them: health checks, a token that nobody sees."""
-CLOCK_ERROR_S = 0.01
+SERVER_CLOCK_ERROR_S = 0.01
+"""A server's clock may be so far from the client's."""
 WHOLE = (
     "preemptions", "prompt_tokens", "external_tokens", "output_tokens", "kv_transfers", "kv_failures", "kv_bytes"
 )  # fmt: skip
 """Figures that are a counter's rise."""
 CACHED_TOO_MUCH_PCT = 1.0
-TEMPLATE_TOKENS = {"completions": 8, "chat": 32}
-"""Tokens at a prompt's front that all prompts share whatever the load: special tokens, and a chat template's first block."""
 
 
 class ServerFigures(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,7 +108,8 @@ def loads_of(run: Run) -> list[Load]:
         loads.append(
             Load(
                 trial=trial,
-                before_s=max((end for begin, end, _, _ in spans if begin < start_s), default=-inf) - CLOCK_ERROR_S,
+                before_s=max((end for begin, end, _, _ in spans if begin < start_s), default=-inf)
+                - SERVER_CLOCK_ERROR_S,
                 start_s=start_s,
                 arrivals_s=measured[-1][0],
                 end_s=end_s,

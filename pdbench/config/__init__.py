@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from pdbench.config.groups import Connector, DeploymentKind, FirstToken
 from pdbench.config.load import (
+    TEMPLATE_TOKENS,
     LoadConfig,
     answer_timeout_s,
     dropped_fields,

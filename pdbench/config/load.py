@@ -11,6 +11,8 @@ from pdbench.config.types import Count, CountOrZero, NotNegative, Positive, Seco
 from pdbench.errors import UserError
 
 _TIMEOUT_TOKENS = 256
+TEMPLATE_TOKENS = {"completions": 8, "chat": 32}
+"""By endpoint, tokens at a prompt's front that all prompts share whatever the load: special tokens, and a chat template's first block."""
 
 
 @Parameter(name="*", group=LOAD)
