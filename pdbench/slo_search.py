@@ -20,11 +20,10 @@ from pdbench import documents, identity, sweep
 from pdbench.analysis.metrics import Timings
 from pdbench.analysis.run_analysis import load_analysis
 from pdbench.analysis.slo import SLO
-from pdbench.config import LoadConfig, Options, flag_of
+from pdbench.config import CLOCK_OPTIONS, LoadConfig, Options, flag_of
 from pdbench.errors import UserError, span
 from pdbench.files import check_writable
 from pdbench.load import plan
-from pdbench.power import clocks
 from pdbench.report import search_files, tables, text
 from pdbench.search.clocks import axes
 from pdbench.search.document import FILE, Closest, Document, Held, Point, Scaled, keeps
@@ -79,9 +78,9 @@ def tuning(options: Options, tune: Sequence[str], kinds: Sequence[str]) -> dict[
     for given in tune:
         for point in sweep.points(options, [given]):
             for key, value in point.varied.items():
-                if key not in clocks.OPTIONS:
+                if key not in CLOCK_OPTIONS:
                     raise UserError(
-                        f"--tune {given}: only clocks and power caps can be tuned, {', '.join(clocks.OPTIONS)}"
+                        f"--tune {given}: only clocks and power caps can be tuned, {', '.join(CLOCK_OPTIONS)}"
                     )
                 values.setdefault(key, []).append(value)
     found = {}

@@ -16,7 +16,7 @@ from pdbench.analysis.metrics import METRICS, Metric
 from pdbench.analysis.run_analysis import Figure, RunAnalysis, is_foreign
 from pdbench.analysis.significance import NOTABLE, STOPPING_CONFIDENCE, ConfidenceInterval, Design, Effect, effect, holm
 from pdbench.analysis.slo import SLO
-from pdbench.config import LoadConfig, is_open_loop
+from pdbench.config import CLOCK_OPTIONS, LoadConfig, is_open_loop
 from pdbench.errors import UserError, in_line
 
 Verdict = Literal["better", "worse", "same", "unclear", "unjudged"]
@@ -25,7 +25,6 @@ Starts = Literal["each", "joined", "one", "unknown"]
 """Whether every trial had its own server start, some shared one, or all did."""
 LEVEL = 0.05
 NOTED_OPTIONS = ("enforce_eager", "dtype", "load_format", "max_model_len", "gpu_memory_utilization", "vllm_args")
-NOTED_POWER = tuple(f"{role}_{what}" for role in ("single", "prefill", "decode") for what in ("clock", "power_cap"))
 SLO_OPTIONS = (*SLO, "primary")
 """Limits by which requests are counted, not what is sent: without them only goodput cannot be compared."""
 SET_BY_ARRIVALS = ("goodput_requests_per_s", "output_tokens_per_s", "output_tokens_per_s_per_device")
@@ -233,7 +232,7 @@ def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
         serve = run.config.get("serve") or {}
         noted = {key: serve.get(key) for key in NOTED_OPTIONS} | {f"load, {key}": load[key] for key in SLO_OPTIONS}
         noted[COUNTED_BY] = run.summary.tokens.counted_by
-        noted |= {f"power, {key}": (run.config.get("power") or {}).get(key) for key in NOTED_POWER}
+        noted |= {f"power, {key}": (run.config.get("power") or {}).get(key) for key in CLOCK_OPTIONS}
         noted |= {f"{name} version": run.versions.get(name, "unknown") for name in versions}
         noted["input files"] = run.config.get("inputs") or None
         noted |= _gpus_found(run)

@@ -19,7 +19,7 @@ from pdbench.config.load import (
     most_output_tokens,
     slo_limits,
 )
-from pdbench.config.measuring import LiveConfig, PairConfig, PowerConfig
+from pdbench.config.measuring import CLOCK_OPTIONS, LiveConfig, PairConfig, PowerConfig
 from pdbench.config.proxy import ProxyConfig
 from pdbench.config.serving import ClusterConfig, ServeConfig, ServerConfig
 

@@ -1,6 +1,6 @@
 """How often deployments take turns, what is read from devices and set on them, and what is shown meanwhile."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -59,6 +59,10 @@ class PowerConfig:
     """Price per kWh in your currency: adds the price of a million tokens to the summary."""
     gco2_kwh: Statistics[NotNegative[float | None]] = None
     """Grams of CO2 per kWh of your grid: adds the CO2 of a million tokens to the summary."""
+
+
+CLOCK_OPTIONS = tuple(field.name for field in fields(PowerConfig) if field.name.endswith(("_clock", "_power_cap")))
+"""Those of PowerConfig that set GPUs' clocks and power limits, by role."""
 
 
 @Parameter(name="*", group=LIVE)

@@ -11,15 +11,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 
 from pdbench import nvml, supervisor
-from pdbench.config import PowerConfig, flag_of
+from pdbench.config import CLOCK_OPTIONS, PowerConfig, flag_of
 from pdbench.errors import UserError
 from pdbench.records import DeviceRecord, Flag
 
-OPTIONS = tuple(field.name for field in fields(PowerConfig) if field.name.endswith(("_clock", "_power_cap")))
 _READ_BACK_S = 1.0
 _CLAMP_MHZ = 15
 
@@ -37,7 +36,7 @@ class ClockLock:
 
 
 def requested_options(config: PowerConfig) -> list[str]:
-    return [flag_of(name) for name in OPTIONS if getattr(config, name) is not None]
+    return [flag_of(name) for name in CLOCK_OPTIONS if getattr(config, name) is not None]
 
 
 def check(config: PowerConfig, gpus: Iterable[Mapping[str, Sequence[int]]]) -> None:
