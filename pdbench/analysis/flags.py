@@ -33,9 +33,11 @@ of two prompts: steps of one and two took 18 and 14 us per token, of three and f
 FRONT_STEPS, FRONT_MS, FRONT_FEWEST = 4.0, 20.0, 20
 """An engine takes what has come once per step. Measured on H100s: decode's requests waited 0.9 to 2 steps for it (p50), 8 where its API
 server was at its limit."""
+STEAL_PCT = 5.0
+"""Of the cores' time. Where all cores are busy, servers and client are slower by as much, which is as much as a comparison calls a change."""
 DERIVED = {
     "prefix-cache-hit", "cold-start", "answers-at-once", "tokens-together", "prefill-waits-for-host", "steps-beyond-graphs",
-    "api-server-busy", "server-stalled", "clocks-set", "device-lost",
+    "api-server-busy", "server-stalled", "clocks-set", "device-lost", "cpu-steal",
     "energy-coarse", "energy-residual", "energy-counter-reset", "energy-counter-still", "power-still", "power-gaps", "idle-busy", "short-window", "throttled", "requests-failed", "preempted", "kv-full",
     "kv-not-external", "queue-grows", "other-traffic", "few-per-stream", "ramps-in-window", "slo-undecided", "rate-uncertain",
 }  # fmt: skip
@@ -56,6 +58,7 @@ def flags_of(
     found = [
         *prefix_cache_flags(run, cache),
         *cold_start(run, timings),
+        *cpu_steal(run),
         *together(run, timings),
         *few_per_stream(run, timings),
         *ramps_in_window(run, timings),
@@ -112,6 +115,17 @@ def cold_start(run: Run, timings: Timings) -> Iterator[Flag]:
                     f"half at most {usual_ms:.0f} ms: measure again with --warmup {max(first, 2 * (load.get('warmup') or 0))}",
                 )
                 return
+
+
+def cpu_steal(run: Run) -> Iterator[Flag]:
+    """The trial during which the hypervisor took most of this host's cores, where that is too much: another guest took their time."""
+    worst = max(run.trials, key=lambda trial: trial.cpu_steal_pct or 0.0, default=None)
+    if worst and (worst.cpu_steal_pct or 0.0) > STEAL_PCT:
+        yield Flag(
+            "cpu-steal",
+            f"trial {worst.index + 1}: the hypervisor took {worst.cpu_steal_pct:.0f} % of this host's CPU time: servers and client waited for cores; "
+            "measure again while its other guests are idle, or on a host without",
+        )
 
 
 def together(run: Run, timings: Timings) -> Iterator[Flag]:

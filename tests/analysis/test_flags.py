@@ -42,6 +42,17 @@ def test_long_quiet_run_has_no_flag() -> None:
     assert names(a_run(40, throttle=["gpu_idle", "clocks_setting"])) == []
 
 
+@pytest.mark.parametrize(("stolen_pct", "trials"), [((2.0, None, 4.9), []), ((6.0, 12.3, None), ["trial 2"])])
+def test_cores_that_the_hypervisor_took_are_flagged(stolen_pct: tuple[float | None, ...], trials: list[str]) -> None:
+    run = a_run(40)
+    run.trials = [
+        Trial(index=index, start_s=10.0 * index, end_s=10.0 * index + 10, cpu_steal_pct=pct)
+        for index, pct in enumerate(stolen_pct)
+    ]
+    found = [flag.detail for flag in analyze(run).flags if flag.name == "cpu-steal"]
+    assert [detail.partition(":")[0] for detail in found] == trials and all("took 12 %" in detail for detail in found)
+
+
 def test_power_cap_is_flagged() -> None:
     assert names(a_run(40, throttle=["sw_power_cap"])) == ["throttled"]
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import pdbench
+from pdbench.analysis.flags import cpu_steal
 from pdbench.analysis.run_analysis import analyze
 from pdbench.analysis.slo import Judged, undecided_flag
 from pdbench.config import LoadConfig
@@ -21,7 +22,7 @@ from pdbench.plan.predict import _LARGER, PREEMPTED, larger_steps
 from pdbench.plan.records import Prediction
 from pdbench.report import plan as report
 from pdbench.report import text
-from tests.analysis.test_flags import arriving
+from tests.analysis.test_flags import a_run, arriving
 from tests.analysis.test_windows import open_run
 from tests.plan.test_predict import calibration, predicted, role
 from tests.plan.test_remedy import overloaded, wide
@@ -62,7 +63,10 @@ def test_every_flag_of_a_module_is_translated(module):
 
 def test_flags_of_the_client_and_of_streams_are_translated():
     at_once = "40 of 40 answers came at one instant: something before the client holds streams back, their TTFT is the time of the whole "
+    stolen = a_run(1)
+    stolen.trials[0].cpu_steal_pct = 9.0
     details = [
+        *(flag.detail for flag in cpu_steal(stolen)),
         *(f"3 responses: {note}" for note in NOTES.values()),
         *(flag.detail for flag in analyze(open_run(32, 0, 4.0, 1.0)).flags),
         *(flag.detail for few in (1, 9) for flag in undecided_flag(undecided(few))),
