@@ -1,4 +1,4 @@
-"""Servers up -> correctness check -> load and device samples -> saved -> down. Nothing is judged here."""
+"""Servers up -> correctness check -> load and device samples -> saved -> down. Figures are derived afterwards, in analysis."""
 
 import signal
 import threading

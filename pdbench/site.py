@@ -140,7 +140,7 @@ def stop_on_signals(saved: Callable[[], object] | None = None) -> Iterator[None]
 
 
 class Site:
-    """This host; cluster.RaySite overrides all of it. `restarts`: of servers that die, in each deployment; `machine` (what this host
+    """This host; cluster.RaySite overrides what differs on several nodes. `restarts`: of servers that die, in each deployment; `machine` (what this host
     has) and `host_class` are for tests."""
 
     def __init__(

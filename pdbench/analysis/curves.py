@@ -87,7 +87,7 @@ class Curves(msgspec.Struct, frozen=True, kw_only=True):
     drawn seconds, y ms. `devices`: a field of `FIELDS` -> a line per device, named as in `Summary.devices`, prefill first;
     `not_measured`: a field that no device has -> why. `servers`: a field of `SERVER_FIELDS` -> a line per server; `server_marks`: a flag (preempted, those of log lines) -> drawn instants. `spans` is None for more than 3,000 requests; `in_flight` (x drawn
     seconds, y requests, warm-up included) is always there.
-    `ttft_parts_ms`: mean TTFT split into queue, prefill, kv_transfer, decode and other, None where no phase was reported.
+    `ttft_parts_ms`: mean TTFT split into the phases that were reported and `other` (metrics.mean_ttft_parts_ms), None where none was.
     """
 
     axis: TimeAxis

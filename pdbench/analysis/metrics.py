@@ -1,5 +1,5 @@
 """A run's records to arrays: every request's times as docs/metrics.md defines them, and what windows held, one over another (rates, joules
-per token); those of a saved run are derived here and nowhere else.
+per token). Times of tokens are from arrivals.py, which requests meet the SLO from slo.py, joules from meter.py.
 
 NaN in an array is None in the records: not measured.
 """
