@@ -195,7 +195,7 @@ def _report_sweeps(folders: Sequence[Path], out: Path) -> None:
     from pdbench.report import tables
 
     if other := next((folder for folder in folders if not sweep.is_sweep(folder)), None):
-        raise UserError(f"{other} holds no sweep: sweeps are reported by themselves")
+        raise UserError(f"{other} holds no sweep: sweeps cannot be mixed with results folders")
     if len(set(folders)) < len(folders):
         raise UserError("a sweep is named twice: name it once")
     if sweep.is_sweep(out) and [out] != [*folders]:

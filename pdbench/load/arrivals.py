@@ -28,7 +28,7 @@ def gamma(rate: float, burstiness: float, seed: int | str) -> Iterator[float]:
 
 def scaled(instants: Iterator[float], count: int, span_s: float) -> Iterator[float]:
     """The first `count` arrivals, stretched so that the span begins and ends half-way into a gap: their distances are span_s / count in the
-    mean, as of even arrivals, and luck in their number is no part of a trial."""
+    mean, as of even arrivals, and chance in their number is no part of a trial."""
     first = list(itertools.islice(instants, count + 1))
     begin = first[0] / 2
     end = (first[-1] + first[-2]) / 2 if count else first[-1]

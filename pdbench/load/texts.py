@@ -8,7 +8,7 @@ from pdbench.records import COARSE_SHARE
 TOKEN_BYTES = 16
 """Few tokens are longer."""
 _SPLIT_WORD = re.compile(r"\w\0(?=\w)")
-# Tokenizers first split texts into such pieces (GPT-2's pattern and its heirs; SentencePiece's are no larger), and no token spans two.
+# Tokenizers first split texts into such pieces (GPT-2's pattern and later ones; SentencePiece's are no larger), and no token spans two.
 # What is no ASCII and no letter (marks, signs) is a part of the word or of the signs beside it, so that no script has too many.
 _SIGN, _MARK, _ANY = r"(?:[^\w\s]|_)", r"[^\w\s\x00-\x7f]", r"[^\s\x00-@\[-`{-\x7f]"
 _PIECES = re.compile(rf"{_SIGN}?{_MARK}*[^\W\d_]{_ANY}*(?:'[a-z]{{1,2}})?|[0-9]+|{_SIGN}+|{_ANY}+")

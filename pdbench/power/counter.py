@@ -10,7 +10,7 @@ ANCHOR_S, UNSHAPED_S = 5.0, 0.2
 _LEAD_S, _LEAD_SHARE = 0.005, 0.05
 _STILL_S, _STOPPED_S = 1.0, 10.0
 _MOST_BLURRED, _USUAL_S = 4, 0.1
-"""So many moves that fell between readings far apart are passed over; then one counts: what is read is a period old at most, usually this."""
+"""So many moves that fell between readings far apart are skipped; then one counts: what is read is a period old at most, usually this."""
 
 
 class CounterEdgeTracker:

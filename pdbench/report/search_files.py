@@ -65,7 +65,7 @@ def joined(folders: Sequence[Path], out: Path) -> tuple[Document, list[tables.Di
         try:
             found.append(load(folder))
         except FileNotFoundError:
-            raise UserError(f"{folder} holds no search: searches are reported by themselves") from None
+            raise UserError(f"{folder} holds no search: searches cannot be mixed with results folders") from None
     goals = [(each.slo, each.attain_pct) for each in found]
     if other := next((folder for folder, goal in zip(folders, goals, strict=True) if goal != goals[0]), None):
         raise UserError(f"{other} was searched within another SLO than {folders[0]}: report them apart")

@@ -44,7 +44,7 @@ def sentence(document: Document) -> str:
             for bound, entry in ((best.low, best), (second.high or inf, second))
         )
         if low_of_best <= high_of_second:
-            words += _(", which the intervals do not tell apart")
+            words += _(", but the intervals overlap")
         # Where answers cannot be judged, joules per good request are what they are at most.
         judged = not {point.run for point in document.points if point.undecided_pct} & {best.run, second.run}
         if best.j_per_good_request and second.j_per_good_request and judged:

@@ -1,4 +1,4 @@
-"""One load's outcome as evidence on the share of requests that miss the SLO: luck in the arrivals taken out, correlation counted.
+"""One load's outcome as evidence on the share of requests that miss the SLO: chance in the arrivals taken out, correlation counted.
 
 Requests under load come in good and bad spells, so n of them say as much as n / inflation independent ones. Much of a spell is the
 arrivals' doing, and those are known: a control variate (Lavenberg and Welch 1981) compares what a virtual queue does with the arrivals
@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 USUAL_INFLATION, USUAL_REQUESTS = 4.0, 60.0
 """Before anything is known: the inflation, which counts as much as so many requests that missed."""
 MOST_WORTH = 8.0
-"""Independent requests that one whose luck is known can be worth at most: which queue follows the scores best is uncertain too."""
+"""Independent requests that one whose arrivals are accounted for can be worth at most: which queue follows the scores best is uncertain too."""
 HIGHEST = 3.0
 """Scores count up to this when a queue is sought: failed requests have none, and overloads would outweigh the rest."""
 SERVERS, ALIKE = (1, 2, 3, 4, 6, 8, 12, 16), 0.1
@@ -160,7 +160,7 @@ class VirtualQueue:
             return None
         factor = sum(float(a @ b) for a, b in zip(flat, centred, strict=True)) / power
         if factor**2 * power < LEAST_EXPLAINED * sum(float(each @ each) for each in centred):
-            return None  # it would foretell misses that have not come from what hardly has to do with those that have
+            return None  # it would predict misses from what hardly explains those that were seen
         residuals = [b - factor * a for a, b in zip(flat, centred, strict=True)]
         grown = inflation(residuals)
         alone = 1 / inflation(missed)

@@ -2,7 +2,7 @@
 
 The share of missed requests rises with the rate: its log odds are taken as linear in the log of the rate near the rate where it equals
 what may be missed. Both, that rate and the slope, are unknown, and every load is evidence on them (Bayes on a grid). So is how much that
-rate differs from load to load: servers have moods. A load is Wald's sequential test: it ends as soon as its rate is surely held or surely not (`SURE`), or with its last request.
+rate varies from load to load. A load is Wald's sequential test: it ends as soon as its rate is surely held or surely not (`SURE`), or with its last request.
 """
 
 from dataclasses import dataclass, field, replace
@@ -34,9 +34,9 @@ SIDES = (0.15, 0.85)
 CELLS, DECADES = 300, 9.0
 SLOPES = np.geomspace(1.0, 250.0, 16)
 USUAL_SLOPE, SLOPE_SPREAD = 10.0, 1.2
-MOODS = (0.0, 0.03, 0.1, 0.3)
-"""Standard deviations, from load to load, of the log of the rate that is held; each is believed to be e**MOOD times less likely than the one before."""
-MOOD = 1.5
+VARIATIONS = (0.0, 0.03, 0.1, 0.3)
+"""Standard deviations, from load to load, of the log of the rate that is held; each is believed to be e**LESS_LIKELY times less likely than the one before."""
+LESS_LIKELY = 1.5
 NEAR, NEAR_LOADS = 3.0, 2
 """No rate is found before so many loads ran within so many times the precision of it: from farther away, the curve is only believed."""
 NEAR_SHARE = 0.5
@@ -69,7 +69,7 @@ class Search:
 
     def __post_init__(self) -> None:
         slopes = -0.5 * ((np.log(SLOPES) - log(USUAL_SLOPE)) / SLOPE_SPREAD) ** 2
-        self._prior = np.concatenate([slopes - MOOD * place for place in range(len(MOODS))])
+        self._prior = np.concatenate([slopes - LESS_LIKELY * place for place in range(len(VARIATIONS))])
         self._inflation = USUAL_INFLATION
         self._update()
 
@@ -140,7 +140,7 @@ class Search:
         return Search(self.may_miss, self.first_rate, self.unit_s, scaled).answer()
 
     def evidence(self) -> list[Evidence]:
-        """What each load says; near the rate that is sought, with luck in the arrivals taken out."""
+        """What each load says; near the rate that is sought, with chance in the arrivals taken out."""
         near = [each for each in self.outcomes if each.share_missed < NEAR_SHARE and each.settled]
         far = [each for each in self.outcomes if not (each.share_missed < NEAR_SHARE and each.settled)]
         without = plain(near) if near else []
@@ -148,7 +148,7 @@ class Search:
         return (adjusted or without) + plain(far)
 
     def _update(self) -> None:
-        """Log weights of every (log rate, mood and slope), by all loads, on a grid as fine as what is known."""
+        """Log weights of every (log rate, variation and slope), by all loads, on a grid as fine as what is known."""
         evidence = self.evidence()
         settled = [each.missed.astype(float) for each in self.outcomes if each.held is None]
         self._inflation = inflation(settled)
@@ -156,8 +156,8 @@ class Search:
         for _ in range(3):
             self._logs = np.linspace(low, high, CELLS)
             distance = self._logs[:, None] - self._logs
-            self._moods = [np.exp(-0.5 * (distance / mood) ** 2) for mood in MOODS if mood]
-            self._moods = [mood / mood.sum(axis=1, keepdims=True) for mood in self._moods]
+            self._shifts = [np.exp(-0.5 * (distance / spread) ** 2) for spread in VARIATIONS if spread]
+            self._shifts = [shift / shift.sum(axis=1, keepdims=True) for shift in self._shifts]
             weights = np.broadcast_to(self._prior, (CELLS, len(self._prior))).copy()
             for each in evidence:
                 weights += self._of(each)
@@ -176,9 +176,9 @@ class Search:
         else:
             likely = each.missed * special.log_expit(odds) + (1 - each.missed) * special.log_expit(-odds)
             likely *= each.requests
-        # In its mood the load had another rate, as far from the usual one as moods go.
+        # The load may have had another rate than the usual one, as far from it as rates vary.
         chance, most = np.exp(likely - likely.max()), likely.max()
-        return np.hstack([likely, *(np.log(np.maximum(mood @ chance, 1e-300)) + most for mood in self._moods)])
+        return np.hstack([likely, *(np.log(np.maximum(shift @ chance, 1e-300)) + most for shift in self._shifts)])
 
     def _held(self, weights: Array, rate: float) -> float:
         distance = abs(self._logs - log(rate))

@@ -167,8 +167,8 @@ def test_prompts_of_many_lengths_tell_less_as_few_of_them_were_seen() -> None:
     assert worth[1] < 0.5 * worth[0]
 
 
-def test_queue_that_misses_follow_loosely_foretells_none() -> None:
-    # Rare misses of a machine with moods; arrivals at 5/s that happen to suit a queue of 0.24 s in part.
+def test_queue_that_misses_follow_loosely_predicts_none() -> None:
+    # Rare misses of a machine whose speed varies; arrivals at 5/s that happen to suit a queue of 0.24 s in part.
     arrival_s = np.cumsum(np.random.default_rng(3).exponential(size=200)) / 5
     moody = np.where(np.random.default_rng(4).random(200) < 0.12, 1.5, 0.5)
     late = waits(arrival_s, np.full(200, 0.24)) > 5.0
