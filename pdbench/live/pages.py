@@ -7,9 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader
-from plotly.offline import get_plotlyjs
-
 from pdbench.analysis.compare import comparisons
 from pdbench.analysis.curves import SERVER_FIELDS
 from pdbench.analysis.energy import why_not_measured
@@ -28,12 +25,7 @@ _SPEED = {
     "j_per_output_token": "Energy per output token",
 }
 _INSTANCES = {"running": "Requests running", "waiting": "Requests waiting", "kv_used": "KV cache in use"}
-_environment = Environment(
-    loader=ChoiceLoader([PackageLoader("pdbench.live", "."), PackageLoader("pdbench.report", ".")]),
-    autoescape=True,
-    trim_blocks=True,
-)
-_environment.globals["_"] = _
+_templates = page.environment("pdbench.live")
 
 DrawnChart = tuple[Chart, list[tuple[str, str]]]
 """A chart with the keys of its lines in `State.lines`, in the order of its series."""
@@ -48,11 +40,7 @@ def live_page(language: str) -> str:
             "report": _("show the report"),
             "no_report": _("The report could not be made: read the terminal."),
         }
-        return _environment.get_template("live.html.j2").render(
-            lang="zh-Hans" if language == "zh" else "en",
-            words=words,
-            plotly=get_plotlyjs().replace("</script", "<\\/script"),
-        )
+        return _templates.get_template("live.html.j2").render(words=words)
 
 
 @cache
@@ -148,7 +136,7 @@ def status(state: State) -> dict[str, Any]:
         told_s, seconds = state.left
         times.append(_("about {0} left", _duration(max(0.0, seconds - (state.now_s - told_s)))))
     waiting = "" if state.lines or state.end or state.lost else _(WAITING)
-    html = _environment.get_template("status.html.j2").render(
+    html = _templates.get_template("status.html.j2").render(
         stage=log[-1][1] if log else _("Waiting for the measurement to report."),
         times=" · ".join(times),
         waiting=waiting,

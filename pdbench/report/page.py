@@ -3,11 +3,12 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import islice
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader
+from jinja2 import ChoiceLoader, Environment, PackageLoader
 from plotly.offline import get_plotlyjs
 
 from pdbench.analysis.compare import Comparison
@@ -34,19 +35,30 @@ def page(runs: text.Runs, comparisons: Sequence[Comparison], side_by_side: table
     ]
     drawn = [chart for chart in drawn if chart.drawable]
     plots = json.dumps({chart.key: plotly_figure(chart) for chart in drawn}, separators=(",", ":"))
-    environment = Environment(loader=PackageLoader("pdbench.report", "."), autoescape=True, trim_blocks=True)
-    environment.globals.update(_=_, answer=answer, servers=servers, text=text, tables=tables)
-    return environment.get_template("page.html.j2").render(
-        lang="zh-Hans" if text.LANGUAGE.get() == "zh" else "en",
-        runs=runs,
-        comparisons=comparisons,
-        side_by_side=side_by_side,
-        charts=drawn,
-        energy=tables.energy(some),
-        configuration=tables.configuration(some),
-        plots=plots.replace("<", "\\u003c"),
-        plotly=get_plotlyjs().replace("</script", "<\\/script"),
+    return (
+        environment()
+        .get_template("page.html.j2")
+        .render(
+            runs=runs,
+            comparisons=comparisons,
+            side_by_side=side_by_side,
+            charts=drawn,
+            energy=tables.energy(some),
+            configuration=tables.configuration(some),
+            plots=plots.replace("<", "\\u003c"),
+        )
     )
+
+
+@cache
+def environment(*packages: str) -> Environment:
+    """Of the report's templates and those of other packages."""
+    loader = ChoiceLoader([PackageLoader(package, ".") for package in (*packages, "pdbench.report")])
+    found = Environment(loader=loader, autoescape=True, trim_blocks=True)
+    found.globals.update(_=_, answer=answer, servers=servers, text=text, tables=tables)
+    found.globals["lang"] = lambda: "zh-Hans" if text.LANGUAGE.get() == "zh" else "en"
+    found.globals["plotly"] = lambda: get_plotlyjs().replace("</script", "<\\/script")
+    return found
 
 
 def plotly_figure(chart: Chart) -> dict[str, Any]:
