@@ -1,7 +1,5 @@
 """`pdbench monitor`: the sampler alone, with a live table in the terminal, and all readings as JSON or CSV at its end."""
 
-import csv
-import io
 import math
 import time
 from collections.abc import Sequence
@@ -11,7 +9,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
-from rich.table import Table
 
 from pdbench.analysis.meter import EnergyWindow, Meter, with_mean_power
 from pdbench.errors import UserError
@@ -19,6 +16,7 @@ from pdbench.files import check_writable, hold, save_somewhere, write_whole
 from pdbench.power.device import open_host
 from pdbench.power.sampler import Sampler, merge_records
 from pdbench.records import Clock, DeviceRecord, DeviceSample, save_devices
+from pdbench.report.tables import Table, Terminal, Value, csv_text
 
 COLUMNS = {
     "power_w": "power W",
@@ -55,10 +53,10 @@ def monitor(
             console.print(f"watching {', '.join(reader.id for reader in readers)}; Ctrl-C ends it")
             end = math.inf if duration_s is None else time.monotonic() + duration_s
             while time.monotonic() < end:
-                live.update(live_table(sampler.latest()))
+                live.update(Terminal(live_table(sampler.latest())))
                 time.sleep(max(0.0, min(0.25, end - time.monotonic())))
         records = [with_mean_power(record) for record in merge_records(sampler.take(), clock.of_monotonic)]
-        console.print(summary_table(records))
+        console.print(Terminal(summary_table(records)))
         for record in records:
             for field, reason in record.not_measured.items():
                 console.print(f"{record.id}: {field} not measured: {escape(reason)}", style="dim")
@@ -75,64 +73,58 @@ def monitor(
 
 def as_csv(records: Sequence[DeviceRecord]) -> bytes:
     """One line per sample, empty where not measured; throttle reasons with spaces between."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("device", "kind", "name", *DeviceSample.__struct_fields__))
+    rows: list[list[object]] = [["device", "kind", "name", *DeviceSample.__struct_fields__]]
     for record in records:
         for sample in record.samples:
             values = [getattr(sample, field) for field in DeviceSample.__struct_fields__]
             values = [round(value, 6) if isinstance(value, float) else value for value in values]
             cells = [" ".join(value) if isinstance(value, list) else value for value in values]
-            writer.writerow([record.id, record.kind, record.name, *cells])
-    return text.getvalue().encode()
+            rows.append([record.id, record.kind, record.name, *cells])
+    return csv_text(rows).encode()
 
 
 def summary_table(records: Sequence[DeviceRecord]) -> Table:
     """One column per device: each field's mean and range, the joules, the achieved interval."""
-    table = _columns([record.id for record in records], "mean (min - max) over the whole record")
+    # Fields go down and devices across: eight GPUs fit a terminal, twelve fields beside each other do not.
+    rows: list[list[Value]] = []
     for field, label in COLUMNS.items():
         statistics = [record.statistics.get(field) for record in records]
         if any(statistics):
-            table.add_row(label, *map(_spread, statistics))
+            rows.append([label, *map(_spread, statistics)])
     meters = [Meter(record) for record in records]
-    table.add_row("energy J", *(_joules(meter.energy_in(meter.whole())) for meter in meters))
+    rows.append(["energy J", *(_joules(meter.energy_in(meter.whole())) for meter in meters)])
     labels = {"p50_ms": "interval p50 ms", "p99_ms": "interval p99 ms", "largest_gap_ms": "largest gap ms"}
     for name, label in labels.items():
         values = [record.sampling.get(name) for record in records]
-        table.add_row(label, *("-" if value is None else f"{value:.1f}" for value in values))
-    return table
+        rows.append([label, *(None if value is None else f"{value:.1f}" for value in values)])
+    header = ["", *(record.id for record in records)]
+    return Table(title="mean (min - max) over the whole record", header=header, rows=rows, missing="-")
 
 
-def _spread(statistics: dict[str, float | None] | None) -> str:
+def _spread(statistics: dict[str, float | None] | None) -> str | None:
     if not statistics:
-        return "-"
+        return None
     shown = "-" if statistics["avg"] is None else f"{statistics['avg']:.0f}"
     return f"{shown} ({statistics['min']:.0f} - {statistics['max']:.0f})"
 
 
-def _joules(used: EnergyWindow) -> str:
+def _joules(used: EnergyWindow) -> str | None:
     if used.energy_j is None or not used.duration_s:
-        return "stands still" if used.counter_still_s else "-"
+        return "stands still" if used.counter_still_s else None
     return f"{used.energy_j:.0f} in {used.duration_s:.1f} s"
 
 
 def live_table(latest: Sequence[DeviceRecord]) -> Table:
     """A column per device, of its last sample."""
-    table = _columns([" ".join(filter(None, (record.role, record.id))) for record in latest], None)
+    rows: list[list[Value]] = []
     samples = [record.samples[-1] for record in latest]
     for field, label in COLUMNS.items():
         values = [getattr(sample, field) for sample in samples]
         if any(value is not None for value in values):
-            table.add_row(label, *("-" if value is None else f"{value:.0f}" for value in values))
+            rows.append([label, *(None if value is None else f"{value:.0f}" for value in values)])
     if any(sample.throttle for sample in samples):
-        table.add_row("throttle", *(" ".join(sample.throttle or []) for sample in samples))
-    return table
-
-
-def _columns(names: Sequence[str], title: str | None) -> Table:
-    # Fields go down and devices across: eight GPUs fit a terminal, twelve fields beside each other do not.
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for name in names:
-        table.add_column(name, justify="right")
-    return table
+        rows.append(["throttle", *(" ".join(sample.throttle or []) for sample in samples)])
+    header = ["", *(" ".join(filter(None, (record.role, record.id))) for record in latest)]
+    return Table(
+        title="last sample of each device", header=header, rows=rows, note="" if rows else "none yet", missing="-"
+    )

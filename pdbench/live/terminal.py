@@ -15,6 +15,7 @@ from pdbench.live import publisher
 from pdbench.live.monitor import live_table
 from pdbench.load.generator import OnProgress, Progress
 from pdbench.records import DeviceRecord, RequestRecord
+from pdbench.report.tables import Terminal
 
 LINE_EVERY_S = 10.0
 _TABLE_EVERY_S = 1.0
@@ -44,7 +45,7 @@ def progress(title: str, console: Console, devices: Callable[[], Sequence[Device
         while not ended.wait(_TABLE_EVERY_S if console.is_terminal else LINE_EVERY_S):
             if console.is_terminal:
                 spinner.update(text=line())
-                live.update(Group(spinner, live_table(devices())) if devices() else spinner)
+                live.update(Group(spinner, Terminal(live_table(devices()))) if devices() else spinner)
             else:
                 console.print(f"  {line()}, {time.monotonic() - begin_s:.0f} s", soft_wrap=True)
 

@@ -41,7 +41,7 @@ def test_mean_power_of_the_summary_is_that_of_its_joules() -> None:
     ticks = [(i / 2, 198.0 * i) for i in range(21)]
     record = DeviceRecord(id="gpu0", kind="gpu", name="G", samples=samples, energy_ticks=ticks)
     table = summary_table([with_mean_power(each) for each in merge_records([record])])
-    shown = dict(zip(table.columns[0].cells, table.columns[1].cells, strict=True))
+    shown = dict(table.cells)
     assert (shown["power W"], shown["energy J"]) == ("396 (339 - 339)", "3960 in 10.0 s")
     assert (shown["1 s mean W"], shown["module W"]) == ("- (395 - 395)", "500 (500 - 500)")
 
