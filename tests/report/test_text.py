@@ -130,8 +130,8 @@ def test_texts_that_a_run_was_saved_with_are_translated():
             "4 个贪心输出中 4 个相同；3 个提示 token 中 3 个作为外部 KV 到达解码"
         )
         assert text.translate("load, concurrency: 1 against 4") == "负载，concurrency：1 与 4"
-        assert text.translate("no RAPL on this machine; something new") == "本机没有 RAPL；something new"
-    assert text.translate("no RAPL on this machine") == "no RAPL on this machine"
+        assert text.translate("no meter on this machine; something new") == "本机没有功率计；something new"
+    assert text.translate("no meter on this machine") == "no meter on this machine"
 
 
 def test_every_text_of_the_package_has_a_translation():
