@@ -11,7 +11,7 @@ from pdbench.analysis.compare import comparisons
 from pdbench.analysis.curves import SERVER_FIELDS
 from pdbench.analysis.energy import why_not_measured
 from pdbench.analysis.run_analysis import load_analysis
-from pdbench.live.state import DEVICE_FIELDS, LATENCIES, WINDOW_S, State
+from pdbench.live.state import DEVICE_FIELDS, WINDOW_S, State
 from pdbench.report import commands, page, tables, text
 from pdbench.report.chart_types import Axis, Chart, Panel, Series, shades
 from pdbench.report.charts import device_lines
@@ -54,7 +54,7 @@ def report(folders: tuple[str, ...], language: str) -> str:
 
 def charts(state: State) -> list[DrawnChart]:
     """Each chart that has something to draw; every series is a growing line of the state."""
-    coloured = {*LATENCIES, *_SPEED, *_INSTANCES}
+    coloured = {*tables.LATENCIES, *_SPEED, *_INSTANCES}
     drawn = [(figure in SERVER_FIELDS, _name_of(of)) for figure, of in state.lines if figure in coloured]
     colours: dict[str, str] = {}
     for servers in (False, True):  # each group by its own: a server has the colour of its role
@@ -62,7 +62,7 @@ def charts(state: State) -> list[DrawnChart]:
         colours |= zip(names, shades([re.sub(r"-\d+$", "", name) for name in names]), strict=True)
     seconds = int(WINDOW_S)
     window = _("over the last {0} s, of requests that ended in them" if state.turn else "over the last {0} s", seconds)
-    latencies = {name: text.title(name) for name in LATENCIES}
+    latencies = {name: text.title(name) for name in tables.LATENCIES}
     speed = _("Tokens and energy per token over the last {0} s.", seconds)
     if not any(figure == "power_w" for figure, _of in state.lines):
         reason = why_not_measured([*state.devices.values()], ("power_w",))
@@ -166,7 +166,7 @@ def tiles(state: State) -> list[tuple[str, str, str]]:
         count = _("{0} of {1}", done.done, done.total or "?") if done else _("warm-up")
         shown.append((_("Requests"), count, _("{0} failed", state.failed_now) if state.failed_now else ""))
     for (figure, of), value in state.latest.items():
-        if figure in LATENCIES and of.endswith(" p50"):
+        if figure in tables.LATENCIES and of.endswith(" p50"):
             name = of.removesuffix(" p50")
             rest = f"p99 {text.number(state.latest.get((figure, f'{name} p99')))}"
             shown.append((named(text.label(figure).replace(", ", " p50, "), name), text.number(value), rest))

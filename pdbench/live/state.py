@@ -14,6 +14,7 @@ from pdbench.analysis.power_curve import HOLE_S
 from pdbench.live.publisher import Buckets, Devices, End, Flags, Message, ServerReading, Stage, TimeLeft, Turn
 from pdbench.load.generator import Progress
 from pdbench.records import DeviceRecord, DeviceSample, Flag, RequestRecord
+from pdbench.report.tables import LATENCIES
 
 WINDOW_S, MOST_REQUESTS = 10.0, 1000
 """Figures are of so many seconds, latencies of so many requests at most: more would cost the servers CPU time and add little."""
@@ -32,7 +33,6 @@ DEVICE_FIELDS = {
     "temperature_c": "Temperature",
 }
 """What is drawn of devices, with its panel's title."""
-LATENCIES = ("ttft_ms", "tbt_ms", "e2e_ms")
 
 
 @dataclass
