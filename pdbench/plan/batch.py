@@ -10,6 +10,7 @@ import numpy as np
 
 from pdbench.analysis.arrivals import BoolArray
 from pdbench.plan.engine import Engine, Role
+from pdbench.plan.prefixes import PrefixCache
 
 Sequence = tuple[int, int, int, int]
 """(end, order of admission, request, base): its last token is computed in step end - 1, its context in step k is base + k tokens."""
@@ -85,7 +86,7 @@ class Batch:
     """An engine's sequences before step `k`. Its subclass has their time."""
 
     __slots__ = (
-        "base", "blocked", "ending", "handouts", "k", "lag", "order", "partial", "pool",
+        "base", "blocked", "cache", "ending", "handouts", "k", "lag", "order", "partial", "pool",
         "preemptions", "reserved", "resumed", "running", "waiting",
     )  # fmt: skip
 
@@ -103,6 +104,7 @@ class Batch:
         self.resumed: dict[int, int] = {}  # preempted request -> tokens generated before
         self.reserved = 0  # KV blocks of all that is here, if nothing is preempted
         self.preemptions = 0
+        self.cache: PrefixCache | None = None  # where requests share parts of their prompts
         # Tokens to hand out, first tokens aside that others follow: boundary, request, what the token is.
         self.handouts: list[tuple[int, int, int]] = []
 
@@ -116,7 +118,8 @@ class Batch:
         held += [base + end - 1 for end, _, _, base in self.ending.values()]
         if self.partial:
             held.append(self.partial[1])
-        return self.pool.blocks - sum(map(self._blocks, held))
+        free = self.pool.blocks - sum(map(self._blocks, held))
+        return free if self.cache is None else free + self.cache.saved_blocks
 
     def _steps_that_fit(self, limit: int) -> int:
         """How many of `limit` decode steps the KV cache has blocks for."""
@@ -128,12 +131,29 @@ class Batch:
             fits, too_many = (middle, too_many) if self._free(middle) >= 0 else (fits, middle)
         return fits
 
-    def _put_back(self, request: int) -> None:
-        """A sequence that lost its blocks is the first that waits, and computes all its tokens again."""
+    def _put_back(self, request: int, tokens: int) -> int:
+        """A sequence that lost the blocks of its `tokens` is the first that waits, and computes all its own tokens again; how many blocks are free now."""
         self.partial = None
         self.waiting.insert(0, request)
         self.reserved -= self.pool.most_blocks[request]
         self.preemptions += 1
+        return self._release(request, tokens)
+
+    def _release(self, request: int, tokens: int) -> int:
+        """A sequence of so many computed tokens leaves the KV cache; how many blocks nobody holds any more."""
+        if self.cache is None:
+            return self._blocks(tokens)
+        before = self.cache.saved_blocks
+        self.cache.release(request, tokens // self.pool.block)
+        return self._blocks(tokens) + self.cache.saved_blocks - before
+
+    def _find(self, request: int) -> int:
+        """Prompt tokens of a request that begins here which need no computing, whole KV blocks of them."""
+        pool, cache = self.pool, self.cache
+        if cache is None:
+            return pool.cached[request]
+        hits = cache.take(request) * pool.block
+        return min(hits, (pool.sizes[request] - 1) // pool.block * pool.block)
 
     def _preempt(self) -> None:
         """The next step needs more blocks than there are: the sequences that came last lose theirs, as long as an earlier one needs one."""
@@ -145,20 +165,20 @@ class Batch:
             needed = request not in self.ending and self._blocks(base + k) > self._blocks(base + k - 1)
             while needed and free <= 0 and queue:
                 if self.partial:
-                    free += self._blocks(self.partial[1])
-                    self._put_back(self.partial[0])
+                    free += self._put_back(*self.partial[:2])
                     continue
                 victim = queue.pop()
                 end, _, request, base = victim
-                free += self._blocks(base + min(k, end) - 1)
+                tokens = base + min(k, end) - 1
                 if self.ending.pop(request, None):  # nothing is computed again, but vLLM counts it
+                    free += self._release(request, tokens)
                     self.preemptions += 1
                     continue
                 self.running.remove(victim)
                 self.base -= base
                 self.resumed[request] = base + k - self.pool.sizes[request]
                 self.handouts.append((k - 1 + self.lag, request, PAUSES))
-                self._put_back(request)
+                free += self._put_back(request, tokens)
             if queue:
                 queue.pop(0)
                 free -= needed

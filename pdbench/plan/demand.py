@@ -6,11 +6,13 @@ from itertools import count, islice
 
 import numpy as np
 
+from pdbench.analysis.arrivals import IntArray
 from pdbench.config import LoadConfig, dropped_fields
 from pdbench.errors import UserError
 from pdbench.load import plan, prompts
 from pdbench.load.traces import trace_of
-from pdbench.plan.engine import Demand, known_first
+from pdbench.plan.engine import Demand
+from pdbench.plan.prefixes import PrefixCache
 
 REQUESTS = 1000
 """Requests of a prediction where the options do not say how many."""
@@ -30,17 +32,18 @@ def demand_of_load(config: LoadConfig, trial: int) -> Demand:
     instants = islice(plan.planned_instants(config, trial), plan.request_limit(config))
     rows = [(at_s or 0.0, *lengths) for at_s, lengths in zip(instants, _lengths(config, trial), strict=False)]
     t_s, *lengths, blocks = zip(*rows, strict=True)
-    tokens, outputs, cached, block_tokens = np.array(lengths, dtype=int)
+    tokens, outputs, block_tokens = np.array(lengths, dtype=int)
+    warm = _warm_blocks(config, trial)
     return Demand(
         t_s=np.array(t_s),
         prompt_tokens=tokens,
         output_tokens=outputs,
-        cached_tokens=cached,
+        cached_tokens=_cached_tokens(blocks, block_tokens.tolist(), tokens.tolist(), warm),
         streams=plan.streams(config),
         timeout_s=config.request_timeout_s,
         blocks=blocks if any(blocks) else None,
         block_tokens=block_tokens,
-        warm_blocks=_warm_blocks(config),
+        warm_blocks=warm,
     )
 
 
@@ -62,34 +65,53 @@ def with_requests(config: LoadConfig, *, least_s: float = 0.0) -> LoadConfig:
     return replace(config, requests=min(max(REQUESTS, round(least_s * (config.rate or 0.0))), 10 * REQUESTS))
 
 
-def _warm_blocks(config: LoadConfig) -> list[tuple[int]]:
-    """The groups of the warm-up's prompts that share a prefix; a trace's blocks are new to the load."""
+def _warm_blocks(config: LoadConfig, trial: int) -> list[tuple[tuple[int], int]]:
+    """The groups of the warm-up's prompts that share a prefix, and how long it is; a trace's blocks are new to the load."""
     count = plan.warmup_size(config) if config.shared_prefix and not config.trace else 0
-    return [(index % config.prefix_groups,) for index in range(count)]
+    return [
+        (
+            (index % config.prefix_groups,),
+            round(_prompt_length(config, f"{config.seed}/warmup-{trial}/{index}") * config.shared_prefix),
+        )
+        for index in range(count)
+    ]
 
 
-def _lengths(config: LoadConfig, trial: int) -> Iterator[tuple[int, int, int, int, Sequence[Hashable]]]:
-    """Endless (prompt tokens, output tokens, prompt tokens that one prefix cache of all has, prompt tokens of a block, blocks that are shared), by
-    the seeds of `load.plan`.
+def _prompt_length(config: LoadConfig, seed: str) -> int:
+    assert config.input_tokens is not None
+    tokens = prompts.length(config.input_tokens, config.input_distribution, config.input_spread, f"in/{seed}")
+    return min(tokens, config.max_input_tokens or tokens)
 
-    Of a group of prompts that share a prefix all but the first, warm-up included, find it cached; blocks of a trace, those that came before.
-    """
+
+def _cached_tokens(
+    blocks: Sequence[Sequence[Hashable]],
+    block_tokens: Sequence[int],
+    tokens: Sequence[int],
+    warm: Sequence[tuple[Sequence[Hashable], int]],
+) -> IntArray:
+    """Of each prompt what came before in the load or its warm-up."""
+    if not any(blocks):
+        return np.zeros(len(tokens), np.int64)
+    one = PrefixCache(blocks, block_tokens, tokens, block=1)
+    for shared, shared_tokens in warm:
+        one.warm(shared, shared_tokens)
+    return np.array([one.take(request) for request in range(len(tokens))], np.int64)
+
+
+def _lengths(config: LoadConfig, trial: int) -> Iterator[tuple[int, int, int, Sequence[Hashable]]]:
+    """Endless (prompt tokens, output tokens, prompt tokens of a block, blocks that are shared), by the seeds of `load.plan`."""
     trace = trace_of(config) if config.trace else None
-    seen: set[object] = {group for groups in _warm_blocks(config) for group in groups}
     for index in count():
         seed = f"{config.seed}/{trial}/{index}"
         if trace is not None:
             tokens, outputs, blocks = trace.row_within(1, config.max_input_tokens, index)
             blocks, block_tokens = tuple(blocks), trace.block_tokens
         else:
-            assert config.input_tokens is not None
-            tokens = prompts.length(config.input_tokens, config.input_distribution, config.input_spread, f"in/{seed}")
-            tokens = min(tokens, config.max_input_tokens or tokens)
+            tokens = _prompt_length(config, seed)
             outputs = prompts.length(
                 config.output_tokens, config.output_distribution, config.output_spread, f"out/{seed}"
             )
             block_tokens = round(tokens * config.shared_prefix)
             blocks = (index % config.prefix_groups,) if block_tokens else ()
-        cached = min(tokens, block_tokens * known_first(blocks, seen))
         outputs = 1 if config.phase == "prefill" else min(outputs, config.max_output_tokens or outputs)
-        yield tokens, outputs, cached, block_tokens, blocks
+        yield tokens, outputs, block_tokens, blocks

@@ -9,10 +9,12 @@ import msgspec
 import numpy as np
 from scipy import special
 
+from pdbench.analysis.arrivals import IntArray
 from pdbench.errors import UserError
 from pdbench.plan import fit
 from pdbench.plan.engine import COSTS, Demand, Deployment, Engine, Handoff, Layout, Role
 from pdbench.plan.records import Calibration, RoleCalibration
+from pdbench.plan.simulate import simulate
 
 MOST_INSTANCES = 10_000
 """Of a role. The choice among so many is a number of as many bits (simulate.py)."""
@@ -141,6 +143,13 @@ def drawn(role: RoleCalibration, random: np.random.Generator, share: float) -> E
     return msgspec.structs.replace(role.engine, costs=msgspec.structs.replace(costs, **changed))
 
 
+def _cached_tokens(calibration: Calibration, layout: Layout, demand: Demand) -> IntArray:
+    """Of each prompt; what requests share is cached as long as each instance has room for it."""
+    if demand.blocks is None:
+        return demand.cached_tokens
+    return simulate(deployment_of(calibration, layout), demand).cached_tokens
+
+
 def unfit(calibration: Calibration, layout: Layout, demands: Sequence[Demand]) -> str | None:
     """Why the calibration itself does not carry this load."""
     if calibration.drift > DRIFT:
@@ -156,18 +165,18 @@ def unfit(calibration: Calibration, layout: Layout, demands: Sequence[Demand]) -
                 f"{beyond:,} of {len(whole):,} requests are longer than the {longest:,} tokens of --max-model-len, and would be refused: "
                 "calibrate with a larger one, or give --max-input-tokens and --max-output-tokens"
             )
+    computed = [demand.prompt_tokens - _cached_tokens(calibration, layout, demand) for demand in demands]
     for role in layout.instances:
         if role == "decode":
             continue
         calibrated = role_of(calibration, role)
         shortest, longest = calibrated.prompt_lengths
-        lengths = np.concatenate([demand.prompt_tokens - demand.cached_tokens for demand in demands])
-        low, high = np.quantile(lengths, (0.05, 0.95))
+        low, high = np.quantile(np.concatenate(computed), (0.05, 0.95))
         if (low < 0.8 * shortest or high > 1.25 * longest) and not calibrated.knows_lengths:
             length = f"{low:,.0f} to {high:,.0f}" if high > low else f"{low:,.0f}"
-            computed = " to compute" if any(demand.cached_tokens.any() for demand in demands) else ""
+            of_those = " to compute" if any(demand.cached_tokens.any() for demand in demands) else ""
             return (
-                f"prompts of {length} tokens{computed}, and {role} was calibrated with {shortest:,} to {longest:,}: what a token costs is not known; "
+                f"prompts of {length} tokens{of_those}, and {role} was calibrated with {shortest:,} to {longest:,}: what a token costs is not known; "
                 "measure spread lengths (`pdbench calibrate`, or --input-distribution lognormal --output-distribution lognormal)"
             )
         limits, least = calibrated.engine.limits, calibrated.chunks[0]

@@ -26,7 +26,6 @@ token.
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from math import inf
 from typing import Literal
 
@@ -232,8 +231,8 @@ class Demand:
     max(t_s, a stream is free), and its times count from there. `timeout_s` is the load's --request-timeout-s (inf: no request was ended by it).
 
     `blocks` are what a request shares with others, in order, `block_tokens` prompt tokens each: those that the instance which computes the prompt
-    knows need no computing, up to the first that it does not. `cached_tokens` then are what one cache of all instances would have. `warm_blocks` are
-    those of the warm-up's requests, which go to the instances in turn.
+    still has need no computing, up to the first that it has not (prefixes.py). `cached_tokens` then are what one cache of all instances without a limit would
+    have: what the instances had is in `Simulated`. `warm_blocks` are those of the warm-up's requests, which go to the instances in turn, with the tokens of each.
     """
 
     t_s: Array
@@ -244,7 +243,7 @@ class Demand:
     timeout_s: float = inf
     blocks: Sequence[Sequence[Hashable]] | None = None
     block_tokens: IntArray | None = None
-    warm_blocks: Sequence[Sequence[Hashable]] = ()
+    warm_blocks: Sequence[tuple[Sequence[Hashable], int]] = ()
 
     @property
     def is_closed(self) -> bool:
@@ -252,10 +251,3 @@ class Demand:
 
     def __len__(self) -> int:
         return len(self.t_s)
-
-
-def known_first(blocks: Sequence[Hashable], known: set[Hashable]) -> int:
-    """How many of a request's blocks a prefix cache finds, those before the first that it does not know; it knows all from now on."""
-    count = sum(1 for _ in takewhile(known.__contains__, blocks))
-    known.update(blocks)
-    return count

@@ -98,6 +98,8 @@ class Instance(Batch):
             self.blocked = False
             for request in ended:
                 self.reserved -= pool.most_blocks[request]
+                if self.cache is not None:
+                    self._release(request, pool.sizes[request] + pool.outputs[request] - 1)
         if self.reserved > pool.blocks and self._free(1) < 0:
             self._preempt()
         elif self.partial or (self.waiting and not self.blocked):
@@ -267,7 +269,7 @@ class Instance(Batch):
                 request, computed, size = self.partial
                 needed = self._blocks(min(size, computed + room)) - self._blocks(computed)
                 if self.reserved > pool.blocks and needed > self._free(1):
-                    self._put_back(request)
+                    self._put_back(request, computed)
                     break
                 self.partial = None
                 count = size - computed
@@ -279,15 +281,20 @@ class Instance(Batch):
                     self.blocked = True
                     break
                 reserved = self.reserved + pool.most_blocks[request]
-                if reserved > pool.blocks and self._blocks(size) > self._free(1):
+                needed = self._blocks(size)
+                if self.cache is not None and reserved + self.cache.unheld_blocks > pool.blocks:
+                    self.cache.shrink(self._free(1))
+                    needed -= self.cache.held_by_others(request)
+                if reserved > pool.blocks and needed > self._free(1):
                     self.blocked = True
                     break
                 self.reserved = reserved
                 waiting.pop(0)
-                computed = 0
                 if again is None:
                     pool.scheduled_s[request] = self.s
-                    computed = pool.cached[request]
+                    computed = pool.cached[request] = self._find(request)
+                else:
+                    computed = 0 if self.cache is None else self._find(request)
                 count = size - computed
                 if pool.joins and again is None:
                     joining += 1

@@ -6,7 +6,7 @@ One queue holds the instants at which something changes; between them the instan
 import gc
 import math
 import random
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import chain
@@ -17,8 +17,9 @@ from pdbench.analysis.arrivals import Array, BoolArray, IntArray
 from pdbench.config import answer_timeout_s
 from pdbench.load.self_check import FILLED_SHARE, closed_window, open_window
 from pdbench.plan.batch import Pool, Tokens
-from pdbench.plan.engine import Demand, Deployment, Role, known_first
+from pdbench.plan.engine import Demand, Deployment, Role
 from pdbench.plan.instance import Instance
+from pdbench.plan.prefixes import PrefixCache
 from pdbench.records import Interval
 
 _ARRIVES, _COMES, _JOINS, _WAKES = range(4)
@@ -35,7 +36,8 @@ class Simulated:
     was at decode and `joined_s` when decode's first step was scheduled (else NaN). `gap_s` and `gap_count` are all gaps between tokens as a
     weighted histogram (values in any order, equal ones may repeat). `window` is the time at full load, as
     `load.self_check` has it. `waited_s` is from a
-    request's instant in the load to its sending (0 in a closed loop). `timed_out`: the client would have ended it before.
+    request's instant in the load to its sending (0 in a closed loop). `timed_out`: the client would have ended it before. `cached_tokens` of its prompt
+    needed no computing.
     """
 
     way_in_s: Array
@@ -55,6 +57,7 @@ class Simulated:
     is_closed: bool
     timed_out: BoolArray
     output_tokens: IntArray
+    cached_tokens: IntArray
     events: int
 
 
@@ -139,10 +142,12 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
         front, back = instances_of(layout.front, prompts, cached, outputs), []
         fronts = backs = Balance(len(front), generator, by_tokens=False)
     instances = front + back
-    knows: list[set[Hashable]] | None = None if demand.blocks is None else [set() for _ in front]
-    if knows is not None:
-        for number, blocks in enumerate(demand.warm_blocks):
-            knows[number % len(front)].update(blocks)
+    if demand.blocks is not None and demand.block_tokens is not None:
+        block_tokens = demand.block_tokens.tolist()
+        for number, instance in enumerate(front):
+            instance.cache = PrefixCache(demand.blocks, block_tokens, prompts, instance.pool.block)
+            for blocks, tokens_each in demand.warm_blocks[number :: len(front)]:
+                instance.cache.warm(blocks, tokens_each)
     can_run = np.logical_and.reduce([each[0].pool.fits for each in (front, back) if each]).tolist()
 
     sent, ended, decoder = [math.nan] * total, [False] * total, [0] * total
@@ -223,8 +228,6 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
         if what == _ARRIVES:
             number = fronts.choose()
             fronts.count(number, 1, prompts[request])
-            if knows is not None:
-                front[0].pool.cached[request] = _cached(demand, request, knows[number], front[0].pool.block)
             if split:
                 decoder[request] = backs.choose()
                 backs.count(decoder[request], 1, prompts[request])
@@ -265,18 +268,11 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
         window=_window(demand, sent_s[done], last_s[done]),
         timed_out=(first_s - sent_s > demand.timeout_s) | (last_s - sent_s > whole_s),
         output_tokens=demand.output_tokens,
+        cached_tokens=np.array(cached, np.int64),
         waited_s=np.zeros(total) if demand.is_closed else sent_s - demand.t_s,
         is_closed=demand.is_closed,
         events=events,
     )
-
-
-def _cached(demand: Demand, request: int, known: set[Hashable], block: int) -> int:
-    """Prompt tokens of a request that its instance has, whole KV blocks of them; it has the others from now on."""
-    assert demand.blocks is not None and demand.block_tokens is not None
-    hits = known_first(demand.blocks[request], known)
-    had = min(int(hits * demand.block_tokens[request]), int(demand.prompt_tokens[request]) - 1)
-    return had // block * block
 
 
 def _window(demand: Demand, sent_s: Array, ended_s: Array) -> Interval:

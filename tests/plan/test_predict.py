@@ -125,7 +125,7 @@ def test_prompts_of_which_little_is_computed_are_outside_the_lengths() -> None:
     unsure = calibration(roles={"single": role(sure=1.0)})
     shared = LoadConfig(rate=2.0, requests=80, input_tokens=1500, output_tokens=32, shared_prefix=0.9)
     found = predict(unsure, parse_layout("single"), lambda draw: [demand_of_load(shared, draw)], "", draws=4)
-    assert found.refusal and "prompts of 150 tokens to compute" in found.refusal
+    assert found.refusal and "prompts of 156 tokens to compute" in found.refusal
 
 
 def test_requests_longer_than_the_servers_take_are_refused() -> None:
