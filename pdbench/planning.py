@@ -8,7 +8,7 @@ import msgspec
 from rich.console import Console
 
 from pdbench import documents, failures
-from pdbench.config import LoadConfig
+from pdbench.config import LoadConfig, Policy
 from pdbench.errors import NOT_JSON, UserError
 from pdbench.files import check_writable, read_whole, write_all
 from pdbench.load import plan as loads
@@ -45,6 +45,8 @@ def plan(
     *,
     most_gpus: int | None = None,
     by_joules: bool = False,
+    prefill_policy: Policy = "least-work",
+    decode_policy: Policy = "least-work",
 ) -> None:
     """Calibrate by `sources`, check against other runs, predict deployments; tables go to `out`/plan.md too. With `most_gpus`, search the
     cheapest of so many GPUs that keeps the load's SLO, and predict the best of each kind.
@@ -73,8 +75,10 @@ def plan(
     if wanted or most_gpus is not None:
         load = with_requests(load, least_s=0.0 if most_gpus is None else SEARCHED_S)
         demand_of_load(load, 0)
+        named = {"--prefill-policy": prefill_policy, "--decode-policy": decode_policy}
+        policies = [f"{option} {policy}" for option, policy in named.items() if policy != "least-work"]
         limits = [f"SLO {name} {limit:g} ms" for name, limit in text.slo(vars(load)).items()]
-        words = ", ".join([loads.describe(loads.resolved(load)).partition(", after a warm-up")[0], *limits])
+        words = ", ".join([loads.describe(loads.resolved(load)).partition(", after a warm-up")[0], *limits, *policies])
     shown: list[tables.Table] = []
 
     files: dict[str, bytes] = {}  # written at the end, so that no folder holds half of an answer
@@ -107,6 +111,7 @@ def plan(
     if checks:
         save("checks.json", checks)
         drawn += [partial(report.checks_chart, checks), partial(distributions_chart, checks)]
+    found = msgspec.structs.replace(found, prefill_policy=prefill_policy, decode_policy=decode_policy)
     slo = load.slo_ttft_ms, load.slo_tbt_ms
     asked: Sequence[Prediction] = []
     if most_gpus is not None:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from pdbench.cli.app import Language, app, check_loads, console
-from pdbench.config import LiveConfig, LoadConfig
+from pdbench.config import LiveConfig, LoadConfig, Policy
 from pdbench.config.types import Gpus, Interval, Positive
 from pdbench.errors import UserError
 
@@ -217,6 +217,8 @@ def plan(
     search: Annotated[bool, Parameter(negative="")] = False,
     max_gpus: Gpus[int | None] = None,
     cheapest: Literal["gpus", "joules"] | None = None,
+    prefill_policy: Policy = "least-work",
+    decode_policy: Policy = "least-work",
     out: Path = Path("plan"),
     lang: Language = "en",
     load: LoadConfig = LoadConfig(),
@@ -239,6 +241,10 @@ def plan(
         How many GPUs it may have; default: 8.
     cheapest
         By number of GPUs (the default), or by joules per token.
+    prefill_policy
+        Which prefill instance the proxy chooses for a request, as with `pdbench proxy`.
+    decode_policy
+        Which decode instance, or replica.
     out
         Folder for the calibration, the tables and the pictures.
     lang
@@ -261,4 +267,6 @@ def plan(
             console,
             most_gpus=(max_gpus or 8) if search else None,
             by_joules=cheapest == "joules",
+            prefill_policy=prefill_policy,
+            decode_policy=decode_policy,
         )

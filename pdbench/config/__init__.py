@@ -9,7 +9,7 @@ from typing import Any
 
 from cyclopts import Parameter
 
-from pdbench.config.groups import Connector, DeploymentKind, FirstToken
+from pdbench.config.groups import Connector, DeploymentKind, FirstToken, Policy
 from pdbench.config.load import (
     TEMPLATE_TOKENS,
     LoadConfig,

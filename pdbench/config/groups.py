@@ -17,6 +17,7 @@ def _indices(kind: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
 
 
 Connector = Literal["auto", "p2p-nccl", "builtin-p2p-nccl", "nixl", "nixl-push", "mooncake", "tcp"]
+Policy = Literal["least-work", "round-robin", "prefix-affinity"]
 FirstToken = Literal["prefill", "either", "decode"]
 DeploymentKind = Literal["single", "replicas", "tensor-parallel", "disaggregated"]
 Words = Annotated[tuple[str, ...], Parameter(consume_multiple=True, show_default=False)]

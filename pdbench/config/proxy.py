@@ -5,7 +5,7 @@ from typing import Literal
 
 from cyclopts import Parameter
 
-from pdbench.config.groups import PROXY, Faults, FirstToken, Limits, Words
+from pdbench.config.groups import PROXY, Faults, FirstToken, Limits, Policy, Words
 from pdbench.config.types import Count, CountOrZero, NotNegative, Port, Positive
 
 
@@ -26,9 +26,9 @@ class ProxyConfig:
     """KV connector of the instances; p2p-nccl and tcp are ours, none only balances over --decode."""
     kv_port: Port[int] = 14579
     """KV port of the first instance whose URL names none; each further instance takes the next one."""
-    prefill_policy: Literal["least-work", "round-robin", "prefix-affinity"] = "least-work"
+    prefill_policy: Policy = "least-work"
     """Which prefill instance a request takes; least-work counts prompt tokens in flight."""
-    decode_policy: Literal["least-work", "round-robin", "prefix-affinity"] = "least-work"
+    decode_policy: Policy = "least-work"
     """Which decode instance a request takes; least-work counts requests in flight."""
     first_token: FirstToken = "prefill"
     """Whose token opens a stream where greedy sampling makes that exact (p2p-nccl and tcp): prefill's, decode's, or either's, with both asked at once."""

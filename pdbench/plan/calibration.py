@@ -105,6 +105,7 @@ def check_suitable(path: Path, run: Run) -> None:
     serve, words = run.config.get("serve") or {}, _arguments(run)
     named = [flag for flag in NOT_MODELLED if flag in words]
     named += ["several instances on one GPU"] if serve.get("sharing") else []
+    named += ["--return-kv"] if serve.get("return_kv") else []
     if named:
         raise UserError(
             f"{path} was served with {' and '.join(named)}, which plan does not model: calibrate with runs without it"

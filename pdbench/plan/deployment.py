@@ -71,7 +71,14 @@ def deployment_of(
         series = handoff.noise and (handoff.noise[int(random.integers(len(handoff.noise)))],)
         steps = handoff.steps * float(np.exp(random.normal(0, HANDOFF_ERROR)))
         handoff = msgspec.structs.replace(handoff, steps=steps, noise=series)
-    return Deployment(layout=layout, engines=engines, handoff=handoff, proxy_s=calibration.proxy_s)
+    return Deployment(
+        layout=layout,
+        engines=engines,
+        handoff=handoff,
+        proxy_s=calibration.proxy_s,
+        prefill_policy=calibration.prefill_policy,
+        decode_policy=calibration.decode_policy,
+    )
 
 
 def role_of(calibration: Calibration, role: Role) -> RoleCalibration:

@@ -33,6 +33,7 @@ import msgspec
 import numpy as np
 
 from pdbench.analysis.arrivals import Array, BoolArray, IntArray
+from pdbench.config import Policy
 
 Kind = Literal["single", "replicas", "disaggregated"]
 Role = Literal["single", "replica", "prefill", "decode"]
@@ -207,8 +208,7 @@ class Handoff(msgspec.Struct, frozen=True, kw_only=True):
 class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     """Engines as the layout has them.
 
-    One proxy balances: the instance with the least work in flight is chosen, prompt tokens for prefill, requests for everything else, as
-    `proxy.instances.choose` has it by default (equal ones in turn). A prefill request is in flight until its answer, a decode request until its end;
+    One proxy balances (policies.py), replicas by the decode policy. A prefill request is in flight until its answer, a decode request until its end;
     the sequence joins decode without prompt tokens to compute. `proxy_s` is added to a request's way in wherever there is a proxy.
     """
 
@@ -216,6 +216,8 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     engines: dict[Role, Engine]
     handoff: Handoff = Handoff()
     proxy_s: float = 0.0
+    prefill_policy: Policy = "least-work"
+    decode_policy: Policy = "least-work"
 
     def way_in_s(self, prompt_tokens: IntArray) -> Array:
         """From the client's sending of such prompts until the first engine may schedule them."""

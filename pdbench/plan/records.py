@@ -5,6 +5,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
+from pdbench.config import Policy
 from pdbench.plan.engine import COSTS, Engine, Handoff, Launch, Layout, Role
 
 SCHEMA = "pdbench-plan/8"
@@ -90,7 +91,7 @@ class RoleCalibration(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that a prediction needs, from one or several runs; `handoff` is None where no run shows it. `drift` is the largest ratio of
+    """Everything that a prediction needs, from one or several runs; `handoff` is None where no run shows it. The policies are the proxy's, for what is predicted. `drift` is the largest ratio of
     two trials' speeds; `missing` says what was not measured and the command that measures it, `command` is
     `pdbench calibrate` with the model, options and lengths of the runs."""
 
@@ -99,6 +100,8 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     roles: dict[Role, RoleCalibration]
     handoff: Handoff | None = None
     proxy_s: float = 0.0
+    prefill_policy: Policy = "least-work"
+    decode_policy: Policy = "least-work"
     drift: float = 1.0
     missing: list[str] = []
     command: str = ""

@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush, heapreplace
+from heapq import heappop, heappush, heapreplace
 from itertools import chain
 
 import numpy as np
@@ -19,11 +19,11 @@ from pdbench.load.self_check import FILLED_SHARE, closed_window, open_window
 from pdbench.plan.batch import Pool, Tokens
 from pdbench.plan.engine import Demand, Deployment, Role
 from pdbench.plan.instance import Instance
+from pdbench.plan.policies import Affinity, balance, beginnings
 from pdbench.plan.prefixes import PrefixCache
 from pdbench.records import Interval
 
 _ARRIVES, _COMES, _JOINS, _WAKES = range(4)
-_BITS = 40
 _GAPS = 1 << 15
 
 
@@ -61,45 +61,6 @@ class Simulated:
     events: int
 
 
-class Balance:
-    """Least work first among instances of one role, as `proxy.instances.choose` has it, in time that does not grow with their number."""
-
-    def __init__(self, count: int, generator: random.Random, *, by_tokens: bool) -> None:
-        self.instances, self.turn, self.by_tokens = count, generator.randrange(count), by_tokens
-        self.bits = [1 << index for index in range(count)]
-        self.loads = [0] * count  # what counts first in the upper bits, so that loads compare as numbers
-        self.holders = {0: (1 << count) - 1}  # load -> the instances that have it, as bits
-        self.rising = [0]  # a heap of these loads, and of some that no instance has; tidied when longer than `room`
-        self.room = 4 * count + 1000
-
-    def choose(self) -> int:
-        if self.instances == 1:
-            return 0
-        turn = self.turn % self.instances
-        self.turn += 1
-        while self.rising[0] not in self.holders:
-            heappop(self.rising)
-        least = self.holders[self.rising[0]]
-        from_turn = least >> turn << turn or least
-        return (from_turn & -from_turn).bit_length() - 1
-
-    def count(self, index: int, requests: int, tokens: int) -> None:
-        """Add to an instance's requests and prompt tokens in flight."""
-        before, holders, bit = self.loads[index], self.holders, self.bits[index]
-        if left := holders.pop(before) ^ bit:
-            holders[before] = left
-        load = before + ((tokens << _BITS) + requests if self.by_tokens else (requests << _BITS) + tokens)
-        self.loads[index] = load
-        if load in holders:
-            holders[load] |= bit
-            return
-        holders[load] = bit
-        heappush(self.rising, load)
-        if len(self.rising) > self.room:
-            self.rising = list(holders)
-            heapify(self.rising)
-
-
 def simulate(deployment: Deployment, demand: Demand, seed: int = 0) -> Simulated:
     """Exact in the costs and rules of engine.py. Deterministic in `seed`, which decides where instances and handoffs begin in their noise
     and whose turn is first."""
@@ -122,6 +83,7 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
     fixed_s = float(deployment.way_in_s(np.zeros(1, np.int64))[0])
     taking_s = (deployment.way_in_s(demand.prompt_tokens) - fixed_s).tolist()
     split = layout.kind == "disaggregated"
+    begins = beginnings(demand)
 
     def instances_of(role: Role, sizes: list[int], cached: list[int], outputs: list[int]) -> list[Instance]:
         pool = Pool(deployment.engines[role], role, sizes, cached, outputs)
@@ -136,18 +98,20 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
         front = instances_of("prefill", prompts, cached, [1] * total)
         sizes = (demand.prompt_tokens + early).tolist()
         back = instances_of("decode", sizes, [size - 1 for size in sizes], (demand.output_tokens - early).tolist())
-        fronts = Balance(len(front), generator, by_tokens=True)
-        backs = Balance(len(back), generator, by_tokens=False)
+        fronts = balance(deployment.prefill_policy, len(front), generator, by_tokens=True)
+        backs = balance(deployment.decode_policy, len(back), generator, by_tokens=False)
     else:
         front, back = instances_of(layout.front, prompts, cached, outputs), []
-        fronts = backs = Balance(len(front), generator, by_tokens=False)
+        fronts = backs = balance(deployment.decode_policy, len(front), generator, by_tokens=False)
     instances = front + back
     if demand.blocks is not None and demand.block_tokens is not None:
         block_tokens = demand.block_tokens.tolist()
-        for number, instance in enumerate(front):
+        for instance in front:
             instance.cache = PrefixCache(demand.blocks, block_tokens, prompts, instance.pool.block)
-            for blocks, tokens_each in demand.warm_blocks[number :: len(front)]:
-                instance.cache.warm(blocks, tokens_each)
+        for number, (blocks, tokens_each) in enumerate(demand.warm_blocks):
+            chosen_by = fronts.choose(blocks) if isinstance(fronts, Affinity) else number % len(front)
+            if (cache := front[chosen_by].cache) is not None:
+                cache.warm(blocks, tokens_each)
     can_run = np.logical_and.reduce([each[0].pool.fits for each in (front, back) if each]).tolist()
 
     sent, ended, decoder = [math.nan] * total, [False] * total, [0] * total
@@ -226,10 +190,10 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
             continue
         request = number
         if what == _ARRIVES:
-            number = fronts.choose()
+            number = fronts.choose(begins[request])
             fronts.count(number, 1, prompts[request])
             if split:
-                decoder[request] = backs.choose()
+                decoder[request] = backs.choose(begins[request])
                 backs.count(decoder[request], 1, prompts[request])
             chosen[request] = number
             came[request] = busy_until_s[number] = max(now_s, busy_until_s[number]) + taking_s[request]

@@ -203,6 +203,9 @@ def test_engine_that_is_not_modelled_is_refused() -> None:
     run.config["serve"] = {"vllm_args": "--speculative-config {}"}
     with pytest.raises(UserError, match="does not model"):
         calibrate({Path("a"): run})
+    run.config["serve"] = {"return_kv": True}
+    with pytest.raises(UserError, match="--return-kv, which plan does not model"):
+        calibrate({Path("a"): run})
 
 
 def test_tokens_that_came_together_are_refused() -> None:

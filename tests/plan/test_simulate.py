@@ -1,12 +1,10 @@
 """The simulator beside a step-by-step one: the same tokens at the same instants."""
 
-import random
-
 import numpy as np
 import pytest
 
 from pdbench.plan.engine import Costs, Demand, Deployment, Engine, Handoff, Layout, Limits
-from pdbench.plan.simulate import Balance, simulate
+from pdbench.plan.simulate import simulate
 from tests.plan.step_by_step import step_by_step
 
 GRAPHS = {1: 0.0034, 2: 0.004, 4: 0.0038, 8: 0.0039, 16: 0.0041, 24: 0.0046, 32: 0.0048}
@@ -194,21 +192,3 @@ def test_tokens_and_time_add_up(kind: str) -> None:
     span_s = (simulated.sent_s + simulated.e2e_s).max()
     for use in uses:
         assert 0 < use.prefill_s + use.decode_s < span_s
-
-
-@pytest.mark.parametrize("by_tokens", [True, False], ids=["tokens", "requests"])
-def test_least_loaded_of_many_is_the_next_in_turn(by_tokens: bool) -> None:
-    generator = random.Random(1)
-    balance = Balance(100, generator, by_tokens=by_tokens)
-    loads, turn = [(0, 0)] * 100, balance.turn
-    for _ in range(2000):
-        least = min(range(100), key=lambda index: (loads[index], (index - turn) % 100))
-        assert balance.choose() == least
-        turn = (turn + 1) % 100
-        index, sign = (least, 1) if generator.random() < 0.8 else (generator.randrange(100), -1)
-        if sign < 0 and not loads[index][1]:
-            continue
-        tokens = 100
-        balance.count(index, sign, sign * tokens)
-        change = (tokens, 1) if by_tokens else (1, tokens)
-        loads[index] = loads[index][0] + sign * change[0], loads[index][1] + sign * change[1]
