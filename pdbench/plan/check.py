@@ -39,7 +39,7 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
         counts[role] = max(counts.get(role, 0), number)
     layout = Layout(cast(Kind, run.name), counts)
     demands = [demand_of(run, next(part for part in parts if part.index == index)) for index in trials]
-    differs = []
+    differs = ["--return-kv"] if (run.config.get("serve") or {}).get("return_kv") else []
     for role in counts:
         calibration, limited = _as_served(calibration, run, role)
         differs += [f"{role}'s {LIMIT_WORDS.get(name, name)}" for name in limited]
