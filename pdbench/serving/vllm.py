@@ -27,6 +27,8 @@ BUILTIN_P2P_VERSIONS = ((0, 10, 2), (0, 24))
 """vLLM's own P2pNcclConnector: from the first version on, before the second (removed by vLLM pull request 44854)."""
 ALL_ADDRESSES = ("0.0.0.0", "::")
 PROMPT_TOKENS_DETAILS_SINCE = (0, 7)
+AMX_MLA_SINCE = (0, 32)
+"""From here on vLLM computes MLA on processors with AMX by a backend that takes bfloat16 only."""
 REQUEST_METRICS_SINCE = (0, 26)
 PROMPT_LOG_SINCE = (0, 10, 2)
 REQUEST_ID_RANDOMIZED_SINCE = (0, 14)
@@ -147,7 +149,10 @@ def server_command(
         environment |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     else:
         # What starts fast on a small machine, and computes right: the rotary kernel of the CPU build is wrong.
-        argv += ["--dtype", config.dtype or "float32", "--kv-cache-memory-bytes", "64M", "--max-num-seqs", "8"]
+        dtype = config.dtype or "float32"
+        argv += ["--dtype", dtype, "--kv-cache-memory-bytes", "64M", "--max-num-seqs", "8"]
+        if dtype == "float32" and (machine.vllm or (0,)) >= AMX_MLA_SINCE:
+            argv += ["--attention-backend", "CPU_MLA"]  # other attention than MLA stays as it is
         argv += ["--max-num-batched-tokens", str(config.max_model_len)]
         argv += ["--distributed-executor-backend", "uni" if spec.width == 1 else "mp"]
         argv += ["--compilation-config", '{"custom_ops":["all","-rotary_embedding"]}']

@@ -344,3 +344,21 @@ def test_threshold_of_disaggregation_is_the_proxys() -> None:
     assert "--disaggregate-above" not in commands("replicas", config, machine("0.33.0", 2))[-1].argv
     with pytest.raises(UserError, match="leave --disaggregate-above out"):
         vllm.choose_connector(config, machine("0.23.0", 2))
+
+
+@pytest.mark.parametrize(
+    ("version", "gpus", "dtype", "given"),
+    [
+        ("0.32.0", 0, None, True),
+        ("0.31.0", 0, None, False),
+        ("0.32.0", 0, "bfloat16", False),
+        ("0.33.0", 2, None, False),
+    ],
+)
+def test_mla_in_float32_is_kept_from_the_backend_of_amx(
+    version: str, gpus: int, dtype: str | None, given: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes bfloat16 only: no server of a DeepSeek model started on a processor with AMX."""
+    monkeypatch.setattr("pdbench.serving.machine.installed_version", lambda name: None if gpus else version)
+    (server,) = commands("single", ServeConfig(dtype=dtype, model="org/model"), machine(version, gpus))
+    assert ("--attention-backend" in server.argv) == given
