@@ -154,9 +154,7 @@ def read_calibration(sources: Sequence[Path], console: Console) -> Calibration:
     """Of runs' folders, or the one saved in a folder of `pdbench plan` (where no run is). Raises UserError for what is neither."""
     of_plan = [path for path in sources if (path / CALIBRATION).is_file() and not any(path.glob("*_results.json"))]
     if of_plan and len(sources) > 1:
-        raise UserError(
-            f"{of_plan[0]} is a calibration, which is read by itself: give it alone, or folders of runs only"
-        )
+        raise UserError(f"{of_plan[0]} is a calibration, not a run: give it alone, or folders of runs only")
     if of_plan:
         saved = of_plan[0] / CALIBRATION
         try:

@@ -265,5 +265,5 @@ def test_run_counts_before_a_calibration_that_was_saved_beside_it(tmp_path: Path
 def test_calibration_beside_other_sources_is_named_as_what_it_is(tmp_path: Path) -> None:
     (tmp_path / CALIBRATION).write_bytes(msgspec.json.encode(Calibration(sources=[], roles={})))
     for sources in ([tmp_path, tmp_path], [Path("elsewhere"), tmp_path]):
-        with pytest.raises(UserError, match="is a calibration, which is read by itself"):
+        with pytest.raises(UserError, match="is a calibration, not a run"):
             read_calibration(sources, Console(quiet=True))
