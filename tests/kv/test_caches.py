@@ -56,6 +56,10 @@ def test_decode_continues_as_a_single_instance_would(tmp_path, model, dtype, arg
     server = Server(command, tmp_path, arguments, kv_role="kv_both")
     try:
         server.wait_healthy()
+        if dtype == "bfloat16":
+            # On a processor with AMX vLLM 0.32 dies of an illegal instruction where a few tokens come first: none of its larger steps has asked
+            # the kernel for AMX then.
+            server.complete(prompt_of(150))
         before, lengths = server.external_tokens(), LENGTHS + (WINDOW_EDGES if dtype == "float32" else [])
         for length in lengths:
             prompt, name = prompt_of(length), new_id()
