@@ -86,7 +86,7 @@ def test_line_breaks_where_nothing_was_measured_and_is_thinned():
 
 def test_page_says_why_energy_is_not_measured():
     state, process = State(0.0), DeviceRecord(id="p", kind="process", name="P", role="single")
-    process.samples, process.not_measured = [DeviceSample(t_s=0.0)], {"power_w": "no RAPL on this machine"}
+    process.samples, process.not_measured = [DeviceSample(t_s=0.0)], {"power_w": "RAPL zones are devices of their own"}
     state.take(Turn("single", 0, {}), 0.0)
     captions = []
     for second, devices in enumerate(([], [process], [gpu(1.0, 300.0)])):
@@ -96,7 +96,7 @@ def test_page_says_why_energy_is_not_measured():
         captions += [chart.caption for chart, _ in pages.charts(state) if chart.key == "speed"]
     assert captions == [
         "Tokens over the last 10 s; energy not measured: no device was sampled.",
-        "Tokens over the last 10 s; energy not measured: no RAPL on this machine.",
+        "Tokens over the last 10 s; energy not measured: RAPL zones are devices of their own.",
         "Tokens and energy per token over the last 10 s.",
     ]
 

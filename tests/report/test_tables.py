@@ -133,11 +133,11 @@ def test_energy_is_given_by_role_or_one_line_says_why_not(analyses):
     html = page_of(analyses)
     assert "no meter splits them" in html and "Prefill, J per prompt token" in html
     (table,) = tables.energy({"single": analyze(build_run("single", gpu=False))})
-    assert not table.rows and table.note == "not measured: no RAPL on this machine"
-    assert tables.markdown(table) == "## Energy\n\nnot measured: no RAPL on this machine"
+    assert not table.rows and table.note == "not measured: RAPL zones are devices of their own"
+    assert tables.markdown(table) == "## Energy\n\nnot measured: RAPL zones are devices of their own"
     console = Console(width=80, file=io.StringIO())
     console.print(tables.Terminal(table))
-    assert console.file.getvalue() == "Energy: not measured: no RAPL on this machine\n"
+    assert console.file.getvalue() == "Energy: not measured: RAPL zones are devices of their own\n"
 
 
 def test_parts_of_a_role_add_up_to_its_total():

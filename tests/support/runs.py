@@ -111,7 +111,9 @@ def _device(random, run: Run, role: str, index: int, gpu: bool) -> DeviceRecord:
         name="Synthetic H200" if gpu else f"CPU use of {role}'s processes",
         role=role,
         index=index if gpu else None,
-        not_measured={} if gpu else {"power_w": "no RAPL on this machine", "energy_j": "no RAPL on this machine"},
+        not_measured={}
+        if gpu
+        else {"power_w": "RAPL zones are devices of their own", "energy_j": "RAPL zones are devices of their own"},
         idle_power_w={"bare": 75.0, "context": 118.0, "engine_ready": 121.0} if gpu else {},
     )
     energy = 0.0
