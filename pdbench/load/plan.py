@@ -378,8 +378,7 @@ def _planned(
                 text = tokenizer.cut(text, most)
         elif config.input_tokens is not None:
             assert tokenizer is not None, "find_tokenizer gives one whenever lengths must be exact"
-            tokens = prompts.length(config.input_tokens, config.input_distribution, config.input_spread, f"in/{seed}")
-            tokens = min(tokens, most or tokens)
+            tokens = prompt_length(config, seed)
             if config.input_distribution != "fixed":
                 tokens = max(tokens, tokenizer.added + 1)
             prefix = f"{group}/{index % config.prefix_groups}"
@@ -392,3 +391,10 @@ def _planned(
         most_output = 1 if config.phase == "prefill" else config.max_output_tokens
         output_tokens = min(output_tokens, most_output or output_tokens)
         yield PlannedRequest(index, arrival_s, text, tokens, output_tokens, shared)
+
+
+def prompt_length(config: LoadConfig, seed: str) -> int:
+    """Tokens of a prompt by the load's distribution, cut as --max-input-tokens says."""
+    assert config.input_tokens is not None
+    tokens = prompts.length(config.input_tokens, config.input_distribution, config.input_spread, f"in/{seed}")
+    return min(tokens, config.max_input_tokens or tokens)

@@ -71,16 +71,10 @@ def _warm_blocks(config: LoadConfig, trial: int) -> list[tuple[tuple[int], int]]
     return [
         (
             (index % config.prefix_groups,),
-            round(_prompt_length(config, f"{config.seed}/warmup-{trial}/{index}") * config.shared_prefix),
+            round(plan.prompt_length(config, f"{config.seed}/warmup-{trial}/{index}") * config.shared_prefix),
         )
         for index in range(count)
     ]
-
-
-def _prompt_length(config: LoadConfig, seed: str) -> int:
-    assert config.input_tokens is not None
-    tokens = prompts.length(config.input_tokens, config.input_distribution, config.input_spread, f"in/{seed}")
-    return min(tokens, config.max_input_tokens or tokens)
 
 
 def _cached_tokens(
@@ -107,7 +101,7 @@ def _lengths(config: LoadConfig, trial: int) -> Iterator[tuple[int, int, int, Se
             tokens, outputs, blocks = trace.row_within(1, config.max_input_tokens, index)
             blocks, block_tokens = tuple(blocks), trace.block_tokens
         else:
-            tokens = _prompt_length(config, seed)
+            tokens = plan.prompt_length(config, seed)
             outputs = prompts.length(
                 config.output_tokens, config.output_distribution, config.output_spread, f"out/{seed}"
             )
