@@ -216,7 +216,7 @@ def start(
                 "VLLM_USE_FLASHINFER_SAMPLER": "0",
             }
             if shared_gpu:
-                environment |= {"NCCL_HOSTID": role, "NCCL_SOCKET_IFNAME": "lo"}
+                environment |= of_another_host(role)
         commands.append(([*command, *arguments], environment))
     pair = Pair(connector, (urls[0], urls[1]), (kv[0], kv[1]), folder, commands)
     for index in (0, 1):
@@ -225,6 +225,11 @@ def start(
         if shared_gpu and index == 0:
             wait_healthy(pair, 400)  # two that start at once on one GPU count each other's memory as theirs
     return pair
+
+
+def of_another_host(name: str) -> dict[str, str]:
+    """Environment in which NCCL takes a process for one on a host of that name: it then joins processes of one GPU, over sockets."""
+    return {"NCCL_HOSTID": name, "NCCL_SOCKET_IFNAME": "lo"}
 
 
 def _transfer(connector: str, role: str, kv_port: int, port: int, folder: Path, timeout_s: float) -> dict[str, object]:

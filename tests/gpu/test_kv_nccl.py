@@ -2,11 +2,13 @@
 
 On a host with two GPUs: python -m pytest tests/gpu/test_kv_nccl.py -m gpu
 Tensor parallelism, on four: python -m pytest tests/kv/test_tensor_parallel.py -m slow
-With one GPU the servers share it, and NCCL moves KV between them over sockets: all of the connector is tested, but no NVLink.
+With one GPU all processes share it, and NCCL moves KV between them over sockets: all of the connector is tested, but no NVLink.
 """
 
 import asyncio
 import json
+import multiprocessing
+import os
 import secrets
 import signal
 import sys
@@ -51,16 +53,66 @@ TRANSFER_TIMEOUT_S = 10.0
 
 @pytest.fixture
 def pair(monkeypatch):
-    """A prefill worker on GPU 0 and a decode worker on GPU 1, in this process, over nccl; 1 MiB per layer's block."""
-    if GPUS < 2:
-        pytest.skip("needs two GPUs: NCCL joins no two workers of one process and one GPU")
+    """A prefill worker on GPU 0 and a decode worker on GPU 1, over nccl; 1 MiB per layer's block. With one GPU decode has a process of its
+    own: NCCL joins no two workers of one process and one GPU."""
     monkeypatch.setenv(SECRET_VARIABLE, SECRET)
-    port, layout = free_port(), (BLOCKS, 4, 64 * 1024)
+    port, layout, decode, device = free_port(), (BLOCKS, 4, 64 * 1024), Instance, "cuda:1"
+    if GPUS < 2:
+        decode, device = InstanceElsewhere, "cuda:0"
+        for name, value in kv_servers.of_another_host("prefill").items():
+            monkeypatch.setenv(name, value)
     more = {"transport": "nccl", "layout": layout, "timeout_s": 10.0, "staging_mib": 16}
     with instances(
-        lambda: Instance("prefill", port, device="cuda:0", **more), lambda: Instance("decode", device="cuda:1", **more)
+        lambda: Instance("prefill", port, device="cuda:0", **more), lambda: decode("decode", device=device, **more)
     ) as workers:
         yield workers
+
+
+class InstanceElsewhere(Instance):
+    """An instance in a process of its own, which NCCL takes for one on another host."""
+
+    def __post_init__(self):
+        settings = {
+            name: getattr(self, name) for name in ("role", "transport", "device", "layout", "timeout_s", "staging_mib")
+        }
+        context = multiprocessing.get_context("spawn")
+        self.connection, there = context.Pipe()
+        self.process = context.Process(target=serve_instance, args=(there, settings), daemon=True)
+        self.process.start()
+        there.close()
+        self.worker = self
+
+    def _ask(self, method, *arguments, **more):
+        self.connection.send((method, arguments, more))
+        return self.connection.recv()
+
+    def step(self, **plan):
+        reports, self.sent, self.received, self.failed = self._ask("step", **plan)
+        return reports
+
+    def blocks(self, block_ids):
+        return torch.from_numpy(self._ask("blocks", block_ids))
+
+    def close(self):
+        self.connection.close()
+        self.process.join(20)
+        self.process.kill()
+
+
+def serve_instance(connection, settings):
+    """Step an instance of these settings for another process until that closes the connection."""
+    os.environ |= kv_servers.of_another_host(settings["role"])
+    torch.manual_seed(1)  # not what the other's cache holds
+    with instances(lambda: Instance(**settings)) as instance:
+        while True:
+            try:
+                method, arguments, more = connection.recv()
+            except EOFError:
+                return
+            if method == "blocks":
+                connection.send(instance.blocks(*arguments).cpu().numpy())
+            else:
+                connection.send((instance.step(**more), instance.sent, instance.received, instance.failed))
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 33, 120])
