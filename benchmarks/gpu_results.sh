@@ -4,7 +4,8 @@
 # GROUP: two-gpu or connector (two lanes of two GPUs each, at the same time: about 26 and 10 minutes; on two GPUs connector's lanes come one
 # after the other, about 20), tensor-parallel (about 16), tensor-parallel-load (about 22, first-token beside it), dense-lanes (about 5), fleet (about 26),
 # fleet-tuned (about 24), fleet-512 (about 16), on two GPUs rivals (about 25; needs nixl and
-# mooncake), wire (about 6), first-token (about 8), dense (about 7), calibrate (about 24) or, on one, one-gpu (about 26); default: all but the last five.
+# mooncake), wire (about 6), connector-checks (about 8; needs mooncake), builtin (about 6; needs a vLLM of 0.10.2 to 0.23), first-token (about 8), dense (about 7), calibrate (about 24)
+# or, on one, one-gpu (about 26); default: all but the last seven.
 # No step begins later than SECONDS after the start; each leaves a folder and a log in OUT and prints one line; one that fails ends no other.
 # CONNECTORS names those of rivals (default: all, with commas between). MODEL is a model folder (default: DeepSeek-V2-Lite's shape with random weights, made in OUT), PDBENCH_PYTHON the Python that has pdbench and vLLM.
 set -u
@@ -106,6 +107,17 @@ kv_tests() { # both halves at once: they take a fifth of each GPU's memory and m
     step tests-gpu-caches 420 env CUDA_VISIBLE_DEVICES=$gpus "$python" -m pytest -v -p no:cacheprovider -m gpu tests/gpu/test_kv_nccl.py -k other_caches &
     step tests-gpu 480 env CUDA_VISIBLE_DEVICES=$gpus "$python" -m pytest -v -p no:cacheprovider -m gpu tests/gpu/test_kv_nccl.py -k "not other_caches"
     wait $!
+}
+
+connector_checks() { # the connector's tests and, beside them, the gate of vLLM's MooncakeConnector: none of them measures
+    kv_tests &
+    vllm=$alone measure mooncake 460 run gpu-1p1d-graphs --against disaggregated --connector mooncake --rate 4 --requests 60 --pairs 1 --gpu-memory-utilization 0.5
+    wait $!
+}
+
+builtin() { # vLLM's own P2pNcclConnector; 64 at a time last, which ends it
+    step builtin 340 env CUDA_VISIBLE_DEVICES=0,1 "$python" benchmarks/kv_transfer.py --out "$out/builtin" --connectors builtin-p2p-nccl --stages handoff,ttft,tbt,load \
+        --model "$model" --requests 64 --limit-s 200 "--vllm-args=--load-format dummy $alone"
 }
 
 rivals() {
@@ -234,13 +246,15 @@ for group in "$@"; do
     fleet-512) fleet_512 ;;
     rivals) rivals ;;
     wire) connector_a ;;
+    connector-checks) connector_checks ;;
+    builtin) builtin ;;
     first-token) first_token "" ;;
     dense) dense dense replicas,disaggregated "" ;;
     dense-lanes) dense_lanes ;;
     calibrate) calibrate ;;
     one-gpu) one_gpu ;;
     *)
-        echo "no group $group: two-gpu, connector, tensor-parallel, tensor-parallel-load, fleet, fleet-tuned, fleet-512, rivals, wire, first-token, dense, dense-lanes, calibrate, one-gpu" >&2
+        echo "no group $group: two-gpu, connector, tensor-parallel, tensor-parallel-load, fleet, fleet-tuned, fleet-512, rivals, wire, connector-checks, builtin, first-token, dense, dense-lanes, calibrate, one-gpu" >&2
         exit 2
         ;;
     esac

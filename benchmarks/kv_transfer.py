@@ -146,8 +146,6 @@ class Measurement:
                 if timed.error:
                     raise RuntimeError(timed.error)
             await self.pair.ask_single(self.prompt(tokens), 8)
-        at_once = min(self.options.concurrency, self.options.requests)
-        await asyncio.gather(*(self.pair.ask(self.prompt(2048), 16) for _ in range(at_once)))
 
     async def handoff(self) -> None:
         """One request at a time: bytes, wire rate and handoff of each length, from both sides' event logs. All ranks together move a
@@ -474,8 +472,8 @@ def main() -> None:
                 continue
             print(f"{name}: servers up after {time.monotonic() - begun_s:.0f} s", file=sys.stderr)
             measurement = Measurement(pair, options, begun_s + options.limit_s)
+            results["connectors"][name] = measurement.results  # saved as far as it came, whatever ends it
             asyncio.run(measurement.run())
-            results["connectors"][name] = measurement.results
         finally:
             pair.stop()
             results["options"] = {key: str(value) for key, value in vars(options).items()}
