@@ -16,7 +16,6 @@ from pdbench.proxy.messages import ClientRequest, Headers, RequestError, StageEr
 from pdbench.proxy.telemetry import Telemetry, server_timing
 from pdbench.proxy.upstream import ConnectionPool, UpstreamRequest
 
-_PREFIX_BYTES = 1024
 _EVENT_STREAM = b"text/event-stream; charset=utf-8"
 # Prefill keeps the KV of a finished request until decode has fetched it. When a client leaves before decode's engine
 # knows the request, decode gets this long to fetch the KV, so that prefill need not wait for its own timeout.
@@ -119,7 +118,8 @@ class RequestHandler:
                 raise RequestError(404, f"{path} carries no KV transfer of vLLM's own connector: {remedy}")
             request.fields = messages.parse_fields(request.body)
             prompt = bytes(request.fields.get(request.dialect.prompt, b""))
-            self.prefix = prompt[:_PREFIX_BYTES]
+            if "prefix-affinity" in (context.config.prefill_policy, context.config.decode_policy):
+                self.prefix = messages.prefix(prompt)
             self.event.prompt_tokens = request.tokens = messages.prompt_tokens(prompt)
             if protocol.has_prefill and protocol.decode_can_prefill:
                 self.event.decode_alone = self._why_decode_alone()

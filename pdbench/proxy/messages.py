@@ -20,6 +20,8 @@ _REQUEST_HEADERS_NOT_FORWARDED = _RESPONSE_HEADERS_NOT_FORWARDED.union(
 )
 _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 _LIST_OF_PROMPTS = re.compile(rb'\s*\[\s*["\[]')
+_LIST_OF_MESSAGES = re.compile(rb"\s*\[\s*\{")
+_PREFIX_BYTES = 1024
 
 
 class Dialect(NamedTuple):
@@ -112,6 +114,29 @@ def prompt_tokens(prompt: bytes) -> int:
     if prompt[:1] == b"[" and b'"' not in prompt[:64] and b"{" not in prompt[:64]:
         return prompt.count(b",") + 1
     return len(prompt) // 4 + 1
+
+
+class _Message(msgspec.Struct):
+    role: str | None = None
+
+
+_decode_messages = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_decode_message = msgspec.json.Decoder(_Message).decode
+
+
+def prefix(prompt: bytes) -> bytes:
+    """A prompt's beginning by which prefix-affinity chooses: of messages those up to the first user's, which all turns of a conversation
+    begin with, however short they are."""
+    if _LIST_OF_MESSAGES.match(prompt):
+        first: list[bytes] = []
+        try:
+            for message in _decode_messages(prompt):
+                first.append(bytes(message))
+                if _decode_message(message).role == "user":
+                    return b",".join(first)[:_PREFIX_BYTES]
+        except (msgspec.MsgspecError, RecursionError):
+            pass  # an instance says what is wrong with it
+    return prompt[:_PREFIX_BYTES]
 
 
 def value_of(fields: Fields, name: str) -> bytes:

@@ -15,8 +15,8 @@ import pytest
 from pdbench.config import ProxyConfig
 from pdbench.errors import UserError
 from pdbench.http import get
+from pdbench.proxy import messages
 from pdbench.proxy.instances import InstanceTable, State, choose, parse_address
-from pdbench.proxy.messages import prompt_tokens
 from pdbench.proxy.upstream import ConnectionPool, InstanceConnection, UpstreamRequest
 from tests.support.processes import ending_with_tests, free_port, wait_until
 from tests.support.proxy_processes import instance, proxy
@@ -149,6 +149,24 @@ def test_prefix_affinity_holds_until_the_instance_is_overloaded(table):
     assert choose("prefix-affinity", "prefill", table, b"a", set()) != first
 
 
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "s" * 300}]])
+def test_turns_of_a_short_conversation_have_one_prefix(system):
+    turns, prefixes = [*system, {"role": "user", "content": "Hi"}], set()
+    for _ in range(3):
+        prefixes.add(messages.prefix(json.dumps(turns).encode()))
+        turns += [{"role": "assistant", "content": "x"}, {"role": "user", "content": "And then?"}]
+    assert len(prefixes) == 1
+    assert messages.prefix(b'[{"role": "user", "content": "Ho"}]') not in prefixes
+
+
+@pytest.mark.parametrize(
+    "prompt", [b'"Hi"', b"[1, 2]", b'[["Hi"]]', b"[{]", b'[{"role": 1}]', b'[{"role": "system"}]', b"null"]
+)
+def test_prefix_of_what_has_no_users_message_is_its_beginning(prompt):
+    assert messages.prefix(prompt) == prompt
+    assert messages.prefix(prompt + b" " * 2000) == (prompt + b" " * 2000)[:1024]
+
+
 def test_prefixes_are_spread_over_instances_whose_long_names_begin_alike():
     table, host = InstanceTable(), f"node-1.{'gpus.' * 12}example.com"
     for port in (8100, 8101, 8102):
@@ -192,7 +210,7 @@ def test_load_is_summed_over_workers_and_forgotten_with_a_dead_one(table):
 
 @pytest.mark.parametrize(("prompt", "tokens"), [(b"[1,2,3]", 3), (b'"abcdefgh"', 3), (b"", 1), (b'["ab", "cd"]', 4)])
 def test_prompt_tokens(prompt, tokens):
-    assert prompt_tokens(prompt) == tokens
+    assert messages.prompt_tokens(prompt) == tokens
 
 
 def test_instances_are_added_drained_and_removed_at_run_time(tmp_path):
