@@ -104,6 +104,11 @@ def choose_connector(config: ServeConfig, machine: Machine) -> Connector:
             f"connector builtin-p2p-nccl needs equal tensor parallelism, not {widths[0]} for prefill and {widths[1]} for decode: "
             "use --tensor-parallel for both, or --connector p2p-nccl with a newer vLLM"
         )
+    if connector in ("p2p-nccl", "tcp") and max(widths) % min(widths):
+        raise UserError(
+            f"connector {connector} needs tensor parallelism of which one is a multiple of the other, not {widths[0]} for prefill and "
+            f"{widths[1]} for decode: give another --prefill-tensor-parallel or --decode-tensor-parallel"
+        )
     if config.return_kv and (connector not in ("p2p-nccl", "tcp") or widths != (1, 1)):
         raise UserError(
             f"--return-kv needs connector p2p-nccl or tcp and one GPU per instance, not {connector} and {widths[0]} and {widths[1]}: "

@@ -119,6 +119,8 @@ def test_roles_of_unequal_width_take_the_gpus_that_they_need() -> None:
     assert [option(command, "--tensor-parallel-size") for command in (prefill, decode)] == ["1", "2"]
     with pytest.raises(UserError, match="needs equal tensor parallelism, not 1 for prefill and 2 for decode"):
         disaggregated(ServeConfig(decode_tensor_parallel=2), machine("0.23.0", 3))
+    with pytest.raises(UserError, match="one is a multiple of the other, not 2 for prefill and 3 for decode"):
+        disaggregated(ServeConfig(prefill_tensor_parallel=2, decode_tensor_parallel=3), machine("0.33.0", 5))
 
 
 @pytest.mark.parametrize("words", ["--tensor-parallel-size 2", "--tensor_parallel_size=2", "-tp 2"])
