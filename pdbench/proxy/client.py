@@ -6,8 +6,11 @@ token, one read and one write. On an HTTP framework a token costs three times as
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import re
+import sys
+import termios
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -50,6 +53,7 @@ class ClientConnection(asyncio.Protocol):
     _paused: bool = False
     _refusal: RequestError | None = None
     _quiet_s: float = 0.0
+    _unread: int = 0
 
     def __post_init__(self) -> None:
         self._head_limit = int(self.config.max_header_kib * 2**10)
@@ -59,7 +63,7 @@ class ClientConnection(asyncio.Protocol):
 
     @property
     def busy(self) -> bool:
-        return self._task is not None or self._in_message
+        return self._task is not None or self._in_message or self.transport.get_write_buffer_size() > 0
 
     @property
     def keep_alive(self) -> bool:
@@ -117,6 +121,11 @@ class ClientConnection(asyncio.Protocol):
     def tick(self, seconds: float) -> None:
         """Count time: ends the connection of a client that is silent, slow to send, or does not read its answer."""
         self._quiet_s += seconds
+        if self._paused:
+            unread = self._count_unread()
+            if unread < self._unread:  # slow, but reading
+                self._quiet_s = 0.0
+            self._unread = unread
         if self._in_message and self._task is None:
             self._sending_s += seconds
             limit_s = self.config.request_timeout_s
@@ -127,6 +136,13 @@ class ClientConnection(asyncio.Protocol):
                 self.transport.abort()
             elif self._task is None:
                 self.transport.close()
+
+    def _count_unread(self) -> int:
+        """How many bytes of the answer wait for the client, here and in the kernel."""
+        queued = bytes(4)
+        with contextlib.suppress(OSError, ValueError):  # the descriptor may be closed already
+            queued = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
+        return self.transport.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
 
     def respond(self, status: int, body: bytes, headers: Headers | None = None) -> None:
         """Write a whole answer to the request being served, if the client is still there."""
