@@ -170,7 +170,8 @@ class ClientConnection(asyncio.Protocol):
         names = [name for name, _ in self._headers]
         version = self._parser.get_http_version()
         length = messages.header(self._headers, b"content-length")
-        if len(names) > MAX_HEADERS or sum(map(len, chain.from_iterable(self._headers))) > self._head_limit:
+        size = len(self._target) + sum(map(len, chain.from_iterable(self._headers)))
+        if len(names) > MAX_HEADERS or size > self._head_limit:
             self._refuse(431, f"the head is larger than {self._head_limit} bytes or {MAX_HEADERS} headers")
         if version not in ("1.0", "1.1"):
             self._refuse(505, "only HTTP/1.1 is spoken here")

@@ -94,6 +94,7 @@ def test_large_body_or_head_is_refused(guarded):
     assert server.send(POST + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 3).status == 413
     assert server.send(POST + b"X: " + b"x" * 8000 + b"\r\n\r\n").status == 431
     assert server.send(POST + b"X: " + b"x" * 8000).status == 431
+    assert server.send(b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n" % (b"x" * 8000)).status == 431
     assert server.send(POST + b"".join(b"X-%d: x\r\n" % i for i in range(200)) + b"\r\n").status == 431
     tiny = b"1;" + b"e" * 100 + b"\r\nx\r\n"
     assert server.send(POST + b"Transfer-Encoding: chunked\r\n\r\n" + tiny * 1000).status == 413
