@@ -120,7 +120,7 @@ class _Message(msgspec.Struct):
     role: str | None = None
 
 
-_decode_messages = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _decode_message = msgspec.json.Decoder(_Message).decode
 
 
@@ -130,7 +130,7 @@ def prefix(prompt: bytes) -> bytes:
     if _LIST_OF_MESSAGES.match(prompt):
         first: list[bytes] = []
         try:
-            for message in _decode_messages(prompt):
+            for message in _decode_list(prompt):
                 first.append(bytes(message))
                 if _decode_message(message).role == "user":
                     return b",".join(first)[:_PREFIX_BYTES]
@@ -156,9 +156,19 @@ def is_single_sequence(fields: Fields) -> bool:
         except ValueError:
             return 0
 
-    several = _LIST_OF_PROMPTS.match(fields.get("prompt", b"")) is not None or number("n") > 1 or number("best_of") > 1
+    several = _is_batch(bytes(fields.get("prompt", b""))) or number("n") > 1 or number("best_of") > 1
     needs_prompt_logits = number("echo") or value_of(fields, "prompt_logprobs") != b"null"
     return not (several or needs_prompt_logits or number("use_beam_search"))
+
+
+def _is_batch(prompt: bytes) -> bool:
+    """Is it a list of prompts, and not of a single one, which some clients always send so?"""
+    if not _LIST_OF_PROMPTS.match(prompt):
+        return False
+    try:
+        return len(_decode_list(prompt)) > 1
+    except (msgspec.MsgspecError, RecursionError):
+        return True
 
 
 def is_stateful(fields: Fields) -> bool:

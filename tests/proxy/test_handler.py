@@ -104,7 +104,13 @@ def test_request_that_no_transfer_carries_goes_to_decode_only(server, pair, fiel
 
 
 @pytest.mark.parametrize(
-    "fields", [{"n": 1}, {"prompt": [1, 2]}, {"prompt": "["}, {"echo": False}, {"prompt_logprobs": None}]
+    "fields",
+    [
+        {"n": 1},
+        *({"prompt": prompt} for prompt in ([1, 2], ["a"], [[1, 2]], "[")),
+        {"echo": False},
+        {"prompt_logprobs": None},
+    ],
 )
 def test_request_that_one_transfer_carries_is_prefilled(server, pair, fields):
     answer = server.request("POST", "/v1/completions", {**PROMPT, **fields})
