@@ -267,7 +267,7 @@ class EventStream:
 
     def __init__(self, client: ClientConnection, headers: Headers) -> None:
         assert client.request is not None
-        self.held = b""
+        self.held = bytearray()
         self.last = b""
         self._client = client
         self.edit: Callable[[bytes], bytes] | None = None
@@ -284,7 +284,8 @@ class EventStream:
 
     def follow(self, decode: UpstreamRequest) -> None:
         """Pass on the part of decode's body that is there, and the rest as it arrives."""
-        self._client.decode, self.held = decode, b""
+        self._client.decode = decode
+        self.held.clear()
         first = self._whole_events(decode.body)
         decode.chunks = []
         if first and self.edit is not None:
@@ -315,11 +316,12 @@ class EventStream:
         """End the client's stream after decode has ended; returns what failed, which the client was sent, or None."""
         decode = self._client.decode
         assert decode is not None
-        error = decode.error
         # The end of the body ends an event that lacks its blank line.
-        held = self.held.rstrip() + b"\n\n" if self.held.strip() else b""
-        if error is None and not self._dialect.is_end(held or self.last):
-            error = f"decode ended the stream without {(self._dialect.ends or (b'[DONE]',))[0].decode()}"
+        held = bytes(self.held).rstrip() + b"\n\n" if self.held.strip() else b""
+        error = None
+        if not self._dialect.is_end(held or self.last):  # what fails behind the last event costs the client nothing
+            missing = (self._dialect.ends or (b"[DONE]",))[0].decode()
+            error = decode.error or f"decode ended the stream without {missing}"
         if error is None:
             self._end(held)
         else:
@@ -344,10 +346,12 @@ class EventStream:
         return b"%x\r\n%b\r\n" % (len(body), body) if self._chunked and body else body
 
     def _whole_events(self, body: bytes) -> bytes:
-        body = self.held + body
-        cut = max(body.rfind(end) + len(end) if end in body else 0 for end in _EVENT_ENDS)
-        self.held = body[cut:]
-        if len(self.held) > MAX_HELD_BYTES:
+        held, seen = self.held, max(0, len(self.held) - 3)  # an event's end may lie in two pieces
+        held += body
+        cut = max(at + len(end) if (at := held.rfind(end, seen)) >= 0 else 0 for end in _EVENT_ENDS)
+        whole = bytes(held[:cut])
+        del held[:cut]
+        if len(held) > MAX_HELD_BYTES:
             assert self._client.decode is not None
             self._client.decode.end(f"one event is larger than {MAX_HELD_BYTES} bytes")
-        return body[:cut]
+        return whole

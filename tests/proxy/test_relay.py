@@ -147,6 +147,24 @@ def test_done_without_its_blank_line_is_the_end(
     assert got.complete and got.events == [*[token()] * 3, b"[DONE]"]
 
 
+def test_reset_behind_the_last_event_costs_the_client_nothing(
+    decode: tuple[Script, ScriptedServer], relaying: Server
+) -> None:
+    script, _ = decode
+    script.reset = True
+    script.read.set()
+    got = answer(script, relaying, [*[chunk(EVENT)] * 3, chunk(DONE)], pause_s=0.1)
+    script.reset = False
+    assert got.complete and got.events == [*[token()] * 3, b"[DONE]"]
+
+
+def test_event_of_many_pieces_arrives_whole(decode: tuple[Script, ScriptedServer], relaying: Server) -> None:
+    large = b"data: " + b"x" * (8 * 2**20) + b"\r\n\r\n"
+    pieces = [chunk(large[at : at + 50_001]) for at in range(0, len(large), 50_001)]
+    got = answer(decode[0], relaying, [chunk(EVENT), *pieces, chunk(DONE), chunk(b"")], pause_s=0)
+    assert got.complete and got.body == EVENT + large + DONE
+
+
 def test_slow_client_gets_everything(decode: tuple[Script, ScriptedServer], relaying: Server) -> None:
     script, _ = decode
     event_64k = event(token("z" * 65_000))
