@@ -130,14 +130,14 @@ def check_return_kv(vllm_config: VllmConfig, groups: Sequence[Group]) -> None:
         (parallel.tensor_parallel_size > 1, f"--tensor-parallel-size {parallel.tensor_parallel_size}"),
         (executor not in (None, "uni"), f"--distributed-executor-backend {executor}"),
         (vllm_config.speculative_config is not None, "speculative decoding"),
-        (len(groups) > 1 or groups[0].window > 0, "sliding windows"),
+        (len(groups) > 1 or groups[0].window > 0, "a model with sliding windows"),
         (
             transfer.is_kv_producer and transfer.kv_load_failure_policy != "recompute",
             f'kv_load_failure_policy "{transfer.kv_load_failure_policy}" on prefill',
         ),
     ):
         if there:
-            raise UnsupportedError(f"PdKvConnector's return_kv does not work with {what}: leave one of them out")
+            raise UnsupportedError(f"PdKvConnector's return_kv does not work with {what}: leave return_kv out")
 
 
 def groups(kv_cache_config: KVCacheConfig) -> list[Group]:

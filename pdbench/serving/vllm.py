@@ -38,6 +38,14 @@ _WIDTH = "--tensor-parallel, or --prefill-tensor-parallel and --decode-tensor-pa
 _OF_PDBENCH = {
     "--tensor-parallel-size": _WIDTH,
     "-tp": _WIDTH,
+    **dict.fromkeys(
+        ("--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp"),
+        f"{_WIDTH}; other parallelism than tensor is not served",
+    ),
+    "--model": "--model",
+    "--served-model-name": "--model, by which clients call it",
+    "--max-model-len": "--max-model-len, which prompts and answers are measured by",
+    "--kv-transfer-config": "--connector",
     "--host": "--host, where the servers are then looked for",
     "--port": "--single-port, --prefill-port or --decode-port, where the servers are then looked for",
 }

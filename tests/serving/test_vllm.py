@@ -123,9 +123,19 @@ def test_roles_of_unequal_width_take_the_gpus_that_they_need() -> None:
         disaggregated(ServeConfig(prefill_tensor_parallel=2, decode_tensor_parallel=3), machine("0.33.0", 5))
 
 
-@pytest.mark.parametrize("words", ["--tensor-parallel-size 2", "--tensor_parallel_size=2", "-tp 2"])
-def test_width_among_vllms_arguments_is_refused(words: str) -> None:
-    with pytest.raises(UserError, match="use --tensor-parallel, or --prefill-tensor-parallel"):
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ("--tensor-parallel-size 2", "--tensor-parallel, or --prefill-tensor-parallel"),
+        ("--tensor_parallel_size=2", "--tensor-parallel, or"),
+        ("-tp 2", "--tensor-parallel, or"),
+        ("--pipeline-parallel-size 2", "--tensor-parallel, or"),
+        ("--max-model-len 8192", "--max-model-len, which"),
+        ("--served-model-name mine", "--model, by which"),
+    ],
+)
+def test_what_pdbench_has_to_know_is_refused_among_vllms_arguments(words: str, remedy: str) -> None:
+    with pytest.raises(UserError, match=f"use {remedy}"):
         disaggregated(ServeConfig(decode_args=words), machine("0.26.0", 4))
 
 
