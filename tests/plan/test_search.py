@@ -52,7 +52,7 @@ def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_search, "DRAWS", 8)
 
 
-@pytest.mark.parametrize("rate", [3.0, 25.0, 40.0])
+@pytest.mark.parametrize("rate", [3.0, 25.0])
 def test_cheapest_is_that_of_trying_every_deployment(rate: float) -> None:
     for by_joules in (False, True):
         result, trials = found(rate, by_joules=by_joules)
