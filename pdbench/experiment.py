@@ -257,6 +257,7 @@ def _check_lengths(load: LoadConfig, max_model_len: int | None) -> None:
 def _new_run(info: DeploymentInfo, clock: Clock, options: Options) -> Run:
     config = options.plain() | {"serve": info.config or None, "url": info.url, "model": info.model_name}
     config |= {"inputs": plan.describe_files(options.load), "contents": contents_of(options.load)}
+    config["gpus"] = len({(server.host, gpu) for server in info.servers for gpu in server.gpus}) or None
     run = Run(
         name=info.name,
         clock=clock,

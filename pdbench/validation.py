@@ -165,8 +165,15 @@ def drop_impossible_counters(run: "Run") -> None:
 
 def _check_config(run: "Run", path: Path) -> None:
     """The options and facts that figures and pages read have the types that pdbench gives them."""
-    kinds = {"load": LoadConfig, "power": PowerConfig, "serve": dict, "inputs": list[str], "clocks_held": list[dict]}
-    kinds["contents"] = dict[str, str]
+    kinds: dict[str, Any] = {
+        "load": LoadConfig,
+        "power": PowerConfig,
+        "serve": dict,
+        "inputs": list[str],
+        "clocks_held": list[dict],
+        "contents": dict[str, str],
+        "gpus": Annotated[int, msgspec.Meta(ge=1, le=10**6)],
+    }
     facts = [(f"config.{name}", run.config.get(name), kind) for name, kind in kinds.items()]
     for name, value, kind in [*facts, ("host.gpus", run.host.get("gpus"), list[_Gpu])]:
         try:

@@ -11,15 +11,16 @@ from rich.console import Console
 from pdbench import experiment, turns
 from pdbench.analysis.compare import compare
 from pdbench.analysis.run_analysis import analyze
-from pdbench.config import LoadConfig, Options, PairConfig, PowerConfig, ServeConfig
+from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig, PowerConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.load.clients import LoadResult
 from pdbench.records import Clock, Flag, Gate, Run, load_run, save_run
 from pdbench.report import commands
+from pdbench.serving.deployment import Deployment, DeploymentInfo
 from tests.support import sites
 from tests.support.processes import call_pdbench
 from tests.support.runs import build_run
-from tests.support.sites import JOINED, KINDS, ONE, FakeSite, gates_fixture, measured, run_pairs
+from tests.support.sites import JOINED, KINDS, ONE, FakeDeployment, FakeSite, gates_fixture, measured, run_pairs
 
 __all__ = ["gates_fixture"]
 
@@ -34,6 +35,23 @@ def indexed(out: Path, site_trials: Sequence[int]) -> FakeSite:
 
 
 PAIRS_IN_ORDER = [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_run_says_how_many_gpus_it_used_where_their_power_is_not_measured(tmp_path: Path, gates: list[Gate]) -> None:
+    class OnGpus(FakeDeployment):
+        def info(self) -> DeploymentInfo:
+            info = super().info()
+            for index, server in enumerate(info.instances()):
+                server.gpus = [index]
+            return info
+
+    class GpuSite(FakeSite):
+        def deployment(self, kind: DeploymentKind, config: ServeConfig) -> Deployment:
+            return OnGpus(kind, config)
+
+    runs: dict[Path, Run] = {}
+    run_pairs(tmp_path, GpuSite(measured), runs, ONE)
+    assert [analyze(run).gpus for run in runs.values()] == [1, 2]
 
 
 def test_every_turn_has_its_own_server_start(tmp_path: Path, gates: list[Gate]) -> None:

@@ -215,7 +215,8 @@ def analyze(run: Run) -> RunAnalysis:
     """The analysis of a run in memory; it does not change the run."""
     timings = timings_of(run)
     meters = [Meter(device) for device in run.devices]
-    gpus = sum(device.kind == "gpu" for device in run.devices)
+    # Of a run that does not say, those that were sampled.
+    gpus = run.config.get("gpus") or sum(device.kind == "gpu" for device in run.devices)
     cache = prefix_cache_of(run)
 
     def totals_in(windows: list[Interval]) -> Totals:

@@ -287,7 +287,9 @@ def machines(runs: Runs) -> str:
         cpu, cores = analysis.host.get("cpu") or "CPU", analysis.host.get("cpu_cores")
         devices = _("no GPU, {0}, {1} cores", cpu, cores) if cores else _("no GPU, {0}", cpu)
         devices = _("the server's machine is unknown") if is_foreign(analysis) else devices
-        devices = f"{len(gpus)} x {', '.join(sorted(set(gpus)))}" if gpus else devices
+        if analysis.gpus:  # whose power was perhaps not measured
+            gpus = gpus or [gpu["name"] for gpu in analysis.host.get("gpus") or ()]
+            devices = f"{analysis.gpus} x {', '.join(sorted(set(gpus))) or 'GPU'}"
         versions = [f"{key} {version}" for key, version in analysis.versions.items() if version and key in shown]
         parts[name] = [str(analysis.host.get("name") or ""), devices, " · ".join(versions)]
     return shared(parts)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as draw
 
-from pdbench.analysis.compare import compare, judge
+from pdbench.analysis.compare import compare, comparisons, judge
 from pdbench.analysis.metrics import METRICS
 from pdbench.analysis.run_analysis import Figure, analyze
 from pdbench.analysis.thresholds import evaluate, parse
@@ -183,6 +183,19 @@ def test_headline_of_runs_on_one_gpu_each_says_so(lang):
     with text.language(lang):
         line = answer.headline(compare(*runs.values(), names=("a", "b")), runs)
     assert ("b against a, 1 GPU each" if lang == "en" else "各用 1 个 GPU") in line
+
+
+def test_headline_of_runs_without_power_counts_their_gpus() -> None:
+    runs = {name: build_run(name) for name in ("single", "disaggregated")}
+    for (name, run), gpus in zip(runs.items(), (1, 2), strict=True):
+        run.config["gpus"], run.devices = gpus, []
+        assert text.machines({name: analyze(run)}).startswith(f"synthetic · {gpus} x Synthetic H200 · ")
+    analyses = {name: analyze(run) for name, run in runs.items()}
+    (compared,) = comparisons(analyses)
+    assert "Scaling, not a verdict: disaggregated against single (2 GPUs against 1): " in answer.headline(
+        compared, analyses
+    )
+    assert "output_tokens_per_s_per_device" in analyses["single"].figures
 
 
 @pytest.mark.parametrize(
