@@ -220,7 +220,9 @@ def _rise(series: ServerSeries, key: str, load: Load) -> tuple[Array, Array] | N
 
 def _counted(series: ServerSeries, key: str, load: Load) -> float | None:
     rise = _rise(series, key, load)
-    return None if rise is None else float(rise[1][-1])
+    if rise is None or rise[0][-1] < load.end_s - SERVER_CLOCK_ERROR_S:
+        return None  # what came after the last reading is not known
+    return float(rise[1][-1])
 
 
 def server_flags(run: Run) -> Iterator[Flag]:

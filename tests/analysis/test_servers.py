@@ -83,6 +83,16 @@ def test_what_is_not_known_is_no_count(times: tuple[float, ...], counts: tuple[i
     assert analyze(run).summary.servers["single-0"].loads.preemptions is None and flags(run) == {}
 
 
+def test_counts_without_a_reading_after_the_load_are_not_known() -> None:
+    run = build_run("single", trials=1)
+    ((start_s, end_s),) = spans(run)
+    t_s = [start_s - 0.05, start_s + 0.1, (start_s + end_s) / 2]
+    with_series(run, {"preemptions": [0, 1, 2], "output_tokens": [0, 100, 500]}, t_s)
+    loads = analyze(run).summary.servers["single-0"].loads
+    assert loads.readings == 2 and loads.preemptions is None and loads.output_tokens is None
+    assert "2 preemptions" in flags(run)["preempted"]
+
+
 def test_full_kv_cache_is_flagged_with_its_share() -> None:
     run = build_run("single", trials=1)
     ((start_s, end_s),) = spans(run)
