@@ -146,8 +146,6 @@ def number(value: str | float | None, missing: str = "–") -> str:
         return missing
     if isinstance(value, int) or value == 0:
         return f"{value:,.0f}"
-    if abs(value) < 0.001:
-        return f"{value:.1g}"
     if abs(value) < 1:
         return f"{value:#.3g}"
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2

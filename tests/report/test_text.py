@@ -31,7 +31,7 @@ def figure(*trials):
 
 def test_numbers_have_three_significant_digits_also_below_one():
     values = (0.0134, 0.0999999, 0.999999, 1.0, 12.345, 123.4, 12345.6, 0.0005, 4.56e-5, 0, 0.0, None, np.nan)
-    written = ["0.0134", "0.100", "1.00", "1.00", "12.3", "123", "12,346", "0.0005", "5e-05", "0", "0", "–", "–"]
+    written = ["0.0134", "0.100", "1.00", "1.00", "12.3", "123", "12,346", "0.000500", "4.56e-05", "0", "0", "–", "–"]
     assert [text.number(value) for value in values] == written
 
 
