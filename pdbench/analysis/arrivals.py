@@ -69,6 +69,8 @@ def arrivals_of(records: Sequence[RequestRecord]) -> Arrivals:
         if record.token_choice:
             starts[begin[row] + 1 : begin[row] + counts[row]] = np.diff(sorted(record.token_choice)) != 0
             first_s[row] = answer_s[row] = record.token_s[0]
+            opened = np.array(record.token_choice) == record.token_choice[0]
+            second_s[row] = np.append(np.array(record.token_s)[opened], np.nan)[1]
         if record.answer_index != 0:
             place = record.answer_index
             answer_s[row] = record.token_s[place] if place is not None and place < counts[row] else np.nan

@@ -336,6 +336,8 @@ def test_first_answer_token_and_choices_are_counted_apart():
     assert requests.ttfo_ms == pytest.approx([300, np.nan, 100], nan_ok=True)
     assert requests.mean_tbt_ms == pytest.approx([100, 100, 100])
     assert timings_of(tiny_run(two)).tbt_ms == pytest.approx([100, 100])
+    late = request(token_s=[1.1, 1.15, 1.2, 1.3, 1.4], token_choice=[1, 1, 0, 0, 2], counted_by="token_ids")
+    assert timings_of(tiny_run(late)).requests.first_gap_ms == pytest.approx([50]), "of the choice that came first"
     speculative = request(token_s=[1.1, 1.1, 1.1, 1.4], first_tokens=3, counted_by="token_ids", output_tokens=4)
     unsent = request(1, token_s=[1.1, 1.2], unsent_tokens=98, counted_by="chunks", output_tokens=100)
     assert timings_of(tiny_run(speculative, unsent)).requests.mean_tbt_ms == pytest.approx([300, 100])
