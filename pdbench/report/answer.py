@@ -1,6 +1,7 @@
 """Differences between runs in words: the answer in one sentence, each metric's verdict, what would decide more."""
 
 from pdbench.analysis.compare import Comparison, ConfidenceInterval, Difference
+from pdbench.analysis.run_analysis import is_foreign
 from pdbench.analysis.thresholds import ThresholdResult
 from pdbench.report.text import Runs, against, arrivals, flag_names, number, title, unit
 from pdbench.report.text import translate as _
@@ -129,7 +130,11 @@ def headline(comparison: Comparison, runs: Runs) -> str:
     if comparison.equal_hardware and b.gpus:
         where = _("{0}, 1 GPU each" if b.gpus == 1 else "{0}, {1} GPUs each", where, b.gpus)
     elif not comparison.equal_hardware:
-        counts = (number(count or 0) for count in comparison.gpus)
+        unknown = [is_foreign(runs[name]) for name in comparison.names]
+        counts = (
+            "?" if is_unknown and not count else number(count or 0)
+            for is_unknown, count in zip(unknown, comparison.gpus, strict=True)
+        )
         where = _("Scaling, not a verdict: {0} ({2} GPUs against {1})", where, *counts)
     where = ": ".join(filter(None, (_not_counting(comparison), where)))
     lines = {line.metric.name: line for line in comparison.differences}

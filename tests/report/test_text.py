@@ -198,6 +198,13 @@ def test_headline_of_runs_without_power_counts_their_gpus() -> None:
     assert "output_tokens_per_s_per_device" in analyses["single"].figures
 
 
+def test_headline_does_not_count_gpus_that_are_not_known() -> None:
+    server = build_run("bench")
+    server.config["serve"], server.devices = None, []
+    analyses = {"single": analyze(build_run("single")), "bench": analyze(server)}
+    assert "(? GPUs against 1)" in answer.headline(*comparisons(analyses), analyses)
+
+
 @pytest.mark.parametrize(
     ("key", "label"),
     [
