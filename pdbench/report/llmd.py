@@ -74,7 +74,8 @@ def _stack(analysis: RunAnalysis) -> list[dict[str, Any]]:
     stack = []
     for role in [*roles] or ["server"]:
         gpus = [device.name for device in devices if role in _roles_of(device) and device.kind == "gpu"]
-        cpu = "unknown" if is_foreign(analysis) else str(analysis.host.get("cpu") or "CPU")
+        on_cpu = not is_foreign(analysis) and not analysis.gpus  # not GPUs whose power was not measured
+        cpu = str(analysis.host.get("cpu") or "CPU") if on_cpu else "unknown"
         configured = serve.get(f"{role}_instances") or 1
         parallel = serve.get(f"{role}_tensor_parallel") or serve.get("tensor_parallel") or 1
         stack.append(

@@ -45,6 +45,13 @@ def test_nothing_of_this_host_is_said_of_a_server_given_by_its_url(gpu):
     assert accelerator["model"] == ("Synthetic H200" if gpu else "unknown") and accelerator["parallelism"] == {}
 
 
+def test_cpu_is_no_accelerator_of_a_run_on_gpus_without_power() -> None:
+    run = build_run("single")
+    run.config["gpus"], run.devices = 1, []
+    (server,) = llmd.report(analyze(run))["scenario"]["stack"]
+    assert server["standardized"]["accelerator"]["model"] == "unknown"
+
+
 def test_run_whose_requests_were_never_sent_has_a_report():
     run = build_run("single", trials=1, requests=3)
     for request in run.requests:
