@@ -21,6 +21,7 @@ ENERGY_PARTS = {
     "active_j": ("active", colours.ORANGE, ""),
     "idle_j": ("idle draw", colours.GREY, ""),
     "waiting_j": ("waiting", colours.FAINT, "/"),
+    "other_j": ("unknown", colours.FAINT, ""),
 }
 FEW_GAPS = 2000
 
@@ -171,7 +172,11 @@ def _requests_behind(analysis: RunAnalysis, most_boxes: int) -> list[Series]:
 def energy_parts(runs: text.Runs) -> Chart:
     """What each role did with its joules, then joules per output token by role; no panel for what no run has."""
     labelled = tables.energy_roles(runs)
-    roles = {label: parts for label, energy in labelled.items() if (parts := tables.energy_parts(energy))}
+    every = {
+        label: {part: joules for part, joules in tables.energy_parts(energy).items() if joules}
+        for label, energy in labelled.items()
+    }
+    roles = {label: parts for label, parts in every.items() if parts}
     per_token: dict[str, dict[str, float]] = {}
     for name, run in runs.items():
         for role, energy in run.summary.energy.roles.items():
@@ -196,7 +201,7 @@ def energy_parts(runs: text.Runs) -> Chart:
     ]
     caption = _(
         "The measured windows, failed requests' energy included. Active: above the idle draw, with requests in the role's phase; "
-        "waiting: all it drew with none. Beside it: J per output token."
+        "waiting: all it drew with none; unknown: readings of power are too far apart to tell. Beside it: J per output token."
     )
     drawn = [panel for panel in panels if panel.series]
     return Chart(key="energy", title=_("Energy"), panels=drawn, caption=caption)

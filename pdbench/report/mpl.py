@@ -252,7 +252,9 @@ def draw_panel(axis: Axes, panel: Panel, legend: str = "inside", x_labels: bool 
     if not x_labels:
         axis.set(xlabel="", xticklabels=[])
     if legend and axis.get_legend_handles_labels()[1]:
-        above = {"bbox_to_anchor": (1.0, 0.985), "ncols": 8, "columnspacing": 1.1, "handlelength": 1.4}
+        # Where the title begins left of the panel, there is room at its right.
+        right = 1.0 - 0.75 * title_x
+        above = {"bbox_to_anchor": (right, 0.985), "ncols": 8, "columnspacing": 1.1, "handlelength": 1.4}
         axis.legend(**{"loc": "lower right"} | above if legend == "above" else {})
 
 

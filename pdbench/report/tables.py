@@ -328,12 +328,15 @@ def energy_roles(runs: text.Runs) -> dict[str, RoleEnergy]:
 
 
 def energy_parts(role: RoleEnergy) -> dict[str, float]:
-    """A role's joules in up to three parts; without a measured idle power its phase is not split. None where its phase's are not known."""
-    if role.phase_s is not None and role.phase_j is None:
-        return {}
-    active_j = next((joules for joules in (role.active_j, role.phase_j, role.total_j) if joules is not None), None)
-    parts = {"active_j": active_j, "idle_j": role.idle_j, "waiting_j": role.waiting_j}
-    return {name: joules for name, joules in parts.items() if joules is not None}
+    """A role's joules in up to four parts, which add up to its total; without a measured idle power its phase is not split. `other_j` may be of
+    its phase or of its waits."""
+    parts: dict[str, float | None] = {}
+    if role.phase_s is None or role.phase_j is not None:
+        active_j = next((joules for joules in (role.active_j, role.phase_j, role.total_j) if joules is not None), None)
+        parts = {"active_j": active_j, "idle_j": role.idle_j, "waiting_j": role.waiting_j}
+    known = {name: joules for name, joules in parts.items() if joules is not None}
+    other_j = (role.total_j or 0.0) - sum(known.values())
+    return known | ({"other_j": other_j} if other_j > 1e-6 * (role.total_j or 0.0) else {})
 
 
 def configuration(runs: text.Runs) -> tuple[Table, Table]:
