@@ -305,7 +305,8 @@ def energy(runs: text.Runs) -> list[Table]:
     ]
     rows: list[list[Value]] = []
     for label, used in energy_roles(runs).items():
-        parts = [energy_parts(used).get(part, "") for part in ("active_j", "idle_j", "waiting_j")]
+        known, waits = energy_parts(used), "" if used.phase_s is None else None  # a role without a phase has none
+        parts = [known.get("active_j"), known.get("idle_j"), known.get("waiting_j", waits)]
         waited = "" if used.waiting_s is None else f"{text.number(used.waiting_s)} / {text.number(used.window_s)}"
         rows.append([label, used.total_j, *parts, waited])
     header = [_("role"), _("total, J"), _("active"), _("idle draw"), _("waiting"), _("waited, s")]

@@ -156,6 +156,13 @@ def test_parts_of_a_role_add_up_to_its_total():
         assert sum(tables.energy_parts(unknown).values()) == pytest.approx(role.total_j)
 
 
+def test_energy_by_role_tells_what_is_not_known_from_what_a_role_does_not_have() -> None:
+    runs = {name: analyze(build_run(name, seed=2)) for name in ("single", "disaggregated")}
+    rows = {row[0]: row[2:5] for row in tables.energy(runs)[0].cells}
+    assert rows["disaggregated, prefill"] == ["–", "–", "–"]  # its phases are too short
+    assert rows["single"][2] == ""
+
+
 def mixed_run():
     run = build_run(trials=1, requests=6)
     run.events = [
