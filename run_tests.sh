@@ -13,6 +13,8 @@ parallel=()
 if [ $# -eq 0 ] && "$python" -c "import xdist" 2>/dev/null; then
     parallel=(-n 3 --dist loadscope --no-loadscope-reorder)
 fi
+# Three processes on two cores: numpy's own threads would spin while they wait, and take the cores from the other processes.
+export OPENBLAS_NUM_THREADS=1
 # Its first import makes matplotlib's list of fonts and says so where that takes long: not in output that a test compares.
 "$python" -c "import matplotlib.font_manager"
 exec "$python" -m pytest -m "not gpu and not slow" "${parallel[@]}" "$@"
