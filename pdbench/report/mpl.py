@@ -170,10 +170,8 @@ def comparison(runs: text.Runs, comparisons: Sequence[Comparison]) -> Figure:
 
 
 def chart(described: Chart, width: float, height: float) -> Figure:
-    """A chart alone: its panels in two columns, the last across both if their number is odd; title and caption above. Chinese characters are
-    twice as wide as others."""
-    words = described.caption or " "
-    caption = fill(words, 11 * int(width) * len(words) // cell_len(words))
+    """A chart alone: its panels in two columns, the last across both if their number is odd; title and caption above."""
+    caption = _wrapped(described.caption, 11 * int(width))
     figure = Figure(figsize=(width, height))
     columns = min(len(described.panels), 2)
     rows = -(-len(described.panels) // columns)
@@ -191,6 +189,11 @@ def chart(described: Chart, width: float, height: float) -> Figure:
             axis.set_position((box.x0 + inches / width, box.y0, box.width - inches / width, box.height))
         draw_panel(axis, panel)
     return figure
+
+
+def _wrapped(words: str, cells: int) -> str:
+    """In lines of so many letters, of Chinese characters half as many."""
+    return fill(words, max(cells, 20) * len(words) // max(cell_len(words), 1) or 1)
 
 
 def _heading(figure: Figure, title: str, runs: text.Runs) -> None:
@@ -213,8 +216,8 @@ def _heading(figure: Figure, title: str, runs: text.Runs) -> None:
     found = [f"{name}: {flag}" if len(runs) > 1 else flag for name, flag in flags.items() if flag]
     if found:
         words = _("warnings: {0}", "; ".join(found))
-        row = rows[1] if len(load) + len(words) < 190 else rows[3]
-        size = min(11.0, 11.0 * 175 / len(words))  # 175 letters fill the width
+        row = rows[1] if cell_len(load) + cell_len(words) < 190 else rows[3]
+        size = min(11.0, 11.0 * 175 / cell_len(words))  # 175 letters fill the width
         figure.text(y=row, s=words, fontsize=size, color=BAD, fontweight="bold", **at_right)
 
 
@@ -222,7 +225,7 @@ def draw_panel(axis: Axes, panel: Panel, legend: str = "inside", x_labels: bool 
     """Draw a panel; `legend` is inside, above, or empty for none."""
     axis.set_title(panel.title, x=title_x)
     if not panel.series:
-        words = fill(_("not measured: {0}", panel.not_measured), max(int(axis.get_window_extent().width / 8), 20))
+        words = _wrapped(_("not measured: {0}", panel.not_measured), int(axis.get_window_extent().width / 8))
         axis.text(0.5, 0.5, words, transform=axis.transAxes, ha="center", va="center", color=MUTED)
         axis.set(xticks=[], yticks=[])
         return
@@ -392,7 +395,6 @@ def _draw_table(axis: Axes, table: tables.Table, widths: Sequence[float]) -> Non
             look |= {"fontweight": "normal" if place else "bold", "va": "center", "fontsize": 9.5}
             x, y = edges[place] if place else 0.0, 1 - (number + 0.5) * step
             axis.text(x, y, word, transform=axis.transAxes, **look)
-    if table.note:
-        words = fill(table.note, max(int(axis.get_window_extent().width / 6.3), 20))
-        axis.text(0, 1 - (len(rows) + 0.2) * step, words, transform=axis.transAxes, color=MUTED, va="top", fontsize=8.5)
+    note = _wrapped(table.note, int(axis.get_window_extent().width / 6.3))
+    axis.text(0, 1 - (len(rows) + 0.2) * step, note, transform=axis.transAxes, color=MUTED, va="top", fontsize=8.5)
     axis.plot([0, 1], [1 - step] * 2, color=FAINT, lw=1, transform=axis.transAxes, clip_on=False)

@@ -120,6 +120,18 @@ def test_pictures_name_the_flags(analyses):
     assert f"warnings: {names}" in [label.get_text() for label in figure.texts]
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_chinese_characters_have_room_in_the_heading_and_below_a_table():
+    """They are twice as wide as letters."""
+    run = analyze(build_run(model="模" * 60, flags=[Flag("short-window", ""), Flag("throttled", "")]))
+    with text.language("zh"):
+        figure = drawn(mpl.performance_analysis, run, "disaggregated")
+    load, warnings = (next(label for label in figure.texts if word in label.get_text()) for word in ("模模", "警告"))
+    assert not load.get_window_extent().overlaps(warnings.get_window_extent())
+    notes = [label for axis in figure.axes for label in axis.texts if "各阶段" in label.get_text()]
+    assert len(notes) == 1 and "\n" in notes[0].get_text()
+
+
 def test_every_panel_has_titles_and_labels_that_do_not_collide():
     run = analyze(build_run())
     figure = drawn(mpl.chart, charts.latency_distributions({"a": run}), 15, 10)
