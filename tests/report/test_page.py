@@ -57,8 +57,9 @@ def test_page_escapes_names_and_loads_nothing_from_elsewhere(analyses):
 
 
 def test_page_separates_not_judged_from_not_significant(analyses):
-    answer = page_of(analyses)
-    answer = answer[answer.index('class="answer"') : answer.index("<table")]
+    whole = page_of(analyses)
+    assert "Figures with an interval are geometric means over the trials, others are of all trials together." in whole
+    answer = whole[whole.index('class="answer"') : whole.index("<table")]
     assert re.search(r"not judged</b>\s*TTFT p99, E2E p99", answer)
 
 
