@@ -45,7 +45,7 @@ def curves(analysis: RunAnalysis, name: str, key: str = "servers") -> Chart:
         for title, series, y in (
             (_("TTFT by the instant of sending"), [ttft, *marks], Axis(label=text.label("ttft_ms"), low=0)),
             (_("Requests running (dotted) and waiting"), waiting, Axis(label=_("requests"), low=0)),
-            (_("KV cache in use"), used, Axis(label="%", low=0, high=105)),
+            ("", used, Axis(label=_("KV cache in use") + ", %", low=0, high=105)),
         )
     ]
     caption = _(

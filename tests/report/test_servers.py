@@ -14,6 +14,7 @@ def test_chart_has_ttft_queues_and_kv_caches_on_one_axis(analyses):
     (start_s, _), (line, preempted) = analyses[1].curves.axis.stretches[0], (series.x for series in ttft.series[1:])
     load_s = analyses[1].requests.sent_s[0]
     assert np.allclose(line, load_s - start_s + 0.1, atol=0.01) and len(preempted) == 2
+    assert kv.y.label == "KV cache in use, %"
     assert chart.shared_x and len({id(panel.x) for panel in chart.panels}) == 1
 
 
