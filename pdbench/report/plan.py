@@ -344,12 +344,18 @@ def search_chart(of: Search, *, on_gpus: bool) -> Chart:
 
 
 def _by_gpus(of: Sequence[Prediction], metric: str, *, on_gpus: bool) -> Panel:
-    """A figure of the deployments that have it, by their verdict."""
-    drawn = []
+    """A figure of the deployments that have it, by their verdict; those of as many GPUs beside each other."""
+    drawn, place = [], dict[str, float]()
+    # The names of the deployments stand at the right.
+    most = 1.2 * max((each.layout.gpus for each in of), default=1)
+    for gpus in {each.layout.gpus for each in of}:
+        alike = [each.layout.name for each in of if each.layout.gpus == gpus]
+        apart = min(0.02 * most, 0.6 / len(alike))
+        place |= {name: gpus + apart * (row - (len(alike) - 1) / 2) for row, name in enumerate(alike)}
     for verdict, (words, shade, marker) in VERDICTS.items():
         known = [each for each in of if each.verdict == verdict and metric in each.figures]
         if known:
-            x, figures = [float(each.layout.gpus) for each in known], [each.figures[metric] for each in known]
+            x, figures = [place[each.layout.name] for each in known], [each.figures[metric] for each in known]
             y, hollow = [figure.value for figure in figures], verdict == "refused"
             labels = [each.layout.name for each in known]
             drawn.append(interval_bars(x, figures, shade))
@@ -357,8 +363,6 @@ def _by_gpus(of: Sequence[Prediction], metric: str, *, on_gpus: bool) -> Panel:
                 Series(kind="points", name=_(words), x=x, y=y, shade=shade, marker=marker, hollow=hollow, size=8)
             )
             drawn.append(Series(x=x, y=y, labels=labels, shade=shade, width=0))
-    # The names of the deployments stand at the right.
-    most = 1.2 * max((each.layout.gpus for each in of), default=1)
     x_axis = Axis(label=_("GPUs" if on_gpus else "instances"), low=0, high=most, integer=True)
     y_axis = Axis(label=text.label(metric), low=0, high=105 if metric == "slo_met_pct" else None)
     return Panel(title="", series=drawn, x=x_axis, y=y_axis)

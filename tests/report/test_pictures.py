@@ -276,6 +276,16 @@ def test_names_of_predicted_deployments_are_not_cut_off():
         assert all(label.get_window_extent().x1 < axes.get_window_extent().x1 for label in axes.texts)
 
 
+def test_intervals_of_predictions_with_as_many_gpus_stand_beside_each_other():
+    layouts = Layout("disaggregated", {"prefill": 4, "decode": 4}), Layout("replicas", {"replica": 8})
+    figures = [{"ttft_p99_ms": Figure(109.0, 85.1, 162.0)}, {"ttft_p99_ms": Figure(114.0, 87.5, 144.0)}]
+    predictions = [Prediction(layout=layout, load="", figures=of) for layout, of in zip(layouts, figures, strict=True)]
+    (panel,) = predictions_chart(predictions, on_gpus=True).panels
+    bars, points, _names = panel.series
+    assert len(set(points.x)) == 2 and np.allclose(points.x, 8, atol=0.3)
+    assert list(bars.x[:5:3]) == list(points.x)
+
+
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_long_caption_stands_above_the_panels_and_wide_names_have_room():
     bars = [Series(kind="hbar", x=[1.0], y=["自身速度自身"])]
