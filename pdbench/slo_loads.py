@@ -198,6 +198,7 @@ class Loads:
             limited_by=_limit(timings),
             client_limited=any(flag.name == "client-limited" for flag in run.flags),
             void=failures.void(run.flags, None, 0),
+            flags=sorted({flag.name for flag in run.flags}),
             load_s=max(each.end_s or 0.0 for each in run.requests) - min(each.planned_s for each in run.requests),
         )
         if self.sent:  # servers may start for the first one
@@ -205,12 +206,6 @@ class Loads:
         self.sent += 1
         self.points.append(point)
         return Sent(run, timings, outcome, point)
-
-
-def client_was_the_limit(run: Run, point: Point) -> bool:
-    """Does the load say nothing of the servers: did the client stand still or lag behind, or send a burst afterwards that missed the SLO?"""
-    stood_still = any(flag.name in ("client-stalled", "host-slept") for flag in run.flags)
-    return stood_still or (point.client_limited and point.held is not False)
 
 
 def outcome_of(timings: Timings, rate: float, held: bool | None) -> Outcome:

@@ -30,7 +30,7 @@ from pdbench.search.document import FILE, Closest, Document, Held, Point, Scaled
 from pdbench.search.evidence import LEAST_REQUESTS, Array
 from pdbench.search.rates import Answer, Search
 from pdbench.slo_clocks import tune
-from pdbench.slo_loads import PROBE, TIME_UP, Deployment, LoadJudge, Loads, client_was_the_limit, settle_s
+from pdbench.slo_loads import PROBE, TIME_UP, Deployment, LoadJudge, Loads, settle_s
 
 REQUESTS = 500  # per load
 MOST_LOADS = 30
@@ -249,7 +249,7 @@ def _search_rate(
             if judge.reason == TIME_UP and point.load_s < least_s:  # servers that were idle meet every SLO at first
                 loads.points.pop()
                 continue
-            if point.void or client_was_the_limit(sent.run, point):
+            if not point.counts:
                 limited += 1
                 is_last = limited == MOST_LIMITED
                 words = "higher rates need more --client-processes" if is_last else "it does not count, another follows"

@@ -41,6 +41,12 @@ class Point(msgspec.Struct, kw_only=True):
     goodput_per_s: float | None = None
     j_per_good_request: float | None = None
 
+    @property
+    def counts(self) -> bool:
+        """Does it say something of the servers: not where it is void or the client stood still, nor where it lagged behind and the SLO was not missed."""
+        stood_still = not {"client-stalled", "host-slept"}.isdisjoint(self.flags)
+        return not (self.void or stood_still or (self.client_limited and self.held is not False))
+
 
 class Scaled(msgspec.Struct, kw_only=True):
     """The highest rate for the SLO with all its limits times `scale`."""
@@ -137,6 +143,9 @@ class Document(msgspec.Struct, kw_only=True):
         found = [
             (point.rate_per_s, point)
             for point in self.points
-            if point.deployment == name and point.rate_per_s and bool(point.setting) == clocks and not point.void
+            if point.deployment == name
+            and point.rate_per_s
+            and bool(point.setting) == clocks
+            and (point.counts or (clocks and not point.void))
         ]
         return sorted(found, key=lambda each: each[0])

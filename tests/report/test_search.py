@@ -224,6 +224,18 @@ def test_share_that_is_just_large_enough_keeps_the_slo(counts: tuple[int, int], 
     assert keeps(100.0 * counts[0] / counts[1], 100 * attain) is kept
 
 
+def test_load_in_which_the_client_was_the_limit_is_not_in_the_picture() -> None:
+    limited = {"client-stalled": {"flags": ["client-stalled"]}, "client-limited": {"client_limited": True}, "": {}}
+    points = [
+        Point(deployment="single", run="", rate_per_s=5.0 + n, attained_pct=99.0, requests=500, slo_used=None, held=None,
+              limited_by=None, load_s=9.0, **{"client_limited": False} | fields)
+        for n, fields in enumerate(limited.values())
+    ]  # fmt: skip
+    held = Held(name="single", low=0.0, high=9.65)
+    document = Document(command={}, slo={"slo_ttft_ms": 300.0}, attain_pct=95.0, deployments=[held], points=points)
+    assert list(chart(document).panels[0].series[0].x) == [7.0]
+
+
 def test_picture_of_two_deployments_on_gpus() -> None:
     document = Document(
         command={}, slo={"slo_ttft_ms": 300.0}, attain_pct=95.0,
