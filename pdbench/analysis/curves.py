@@ -147,10 +147,10 @@ def curves_of(run: Run, timings: Timings) -> Curves:
 
 
 def time_axis(run: Run) -> TimeAxis:
-    """A stretch is a trial with its warm-up and a second on either side; trials less than 5 s apart share one."""
+    """A stretch is a trial with its warm-up and a second on either side; trials less than 5 s apart share one. Samples alone begin with the first."""
     extents: list[Interval] = [(trial.start_s, trial.end_s) for trial in run.trials]
     extents += [(r.sent_s, r.end_s) for r in run.requests if r.sent_s is not None and r.end_s is not None]
-    extents = extents or [(sample.t_s, sample.t_s) for device in run.devices for sample in device.samples]
+    extents = extents or [(sample.t_s + MARGIN_S, sample.t_s) for device in run.devices for sample in device.samples]
     extents = extents or [(MARGIN_S, 1.0 - MARGIN_S)]
     joined = union([(start - MARGIN_S, end + MARGIN_S + APART_S) for start, end in extents])
     stretches = [(start, end - APART_S) for start, end in joined]

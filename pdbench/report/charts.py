@@ -97,7 +97,8 @@ def device_curves(analysis: RunAnalysis, name: str, key: str = "devices", most_b
     curves, axis, x = analysis.curves, analysis.curves.axis, run_time(analysis.curves.axis)
     power = (_("Power of each device"), ["power_w"])
     if "power_w" not in curves.devices and "cpu_utilization_pct" in curves.devices:
-        power = (_("CPU use of each role's processes"), ["cpu_utilization_pct"])
+        of_roles = any(device.role for device in analysis.summary.devices.values())
+        power = (_("CPU use of each role's processes" if of_roles else "CPU use"), ["cpu_utilization_pct"])
     clocks = (_("Clocks (graphics solid, memory dashed)"), ["sm_clock_mhz", "memory_clock_mhz"])
     if "sm_clock_mhz" not in curves.devices:
         clocks = (_("CPU clock"), ["cpu_clock_mhz"])

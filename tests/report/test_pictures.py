@@ -20,7 +20,7 @@ from pdbench.analysis.compare import compare, comparisons
 from pdbench.analysis.run_analysis import analyze, load_analysis
 from pdbench.plan.engine import Layout
 from pdbench.plan.records import Figure, Prediction
-from pdbench.records import DeviceRecord, DeviceSample, Flag, save_devices, save_run
+from pdbench.records import Clock, DeviceRecord, DeviceSample, Flag, Run, save_devices, save_run
 from pdbench.report import charts, commands, mpl, page, tables, text
 from pdbench.report.chart_types import BAD, GOOD, ORANGE, Axis, Chart, Panel, Series
 from pdbench.report.plan import predictions_chart
@@ -221,6 +221,14 @@ def test_plot_has_a_panel_for_what_was_measured_alone(gpu, titles, tmp_path):
         commands.plot(source, tmp_path / "devices.png", Console(file=io.StringIO()))
         with Image.open(tmp_path / "devices.png") as picture:
             assert picture.size == (1500, 1000)
+
+
+def test_plot_of_a_hosts_use_begins_at_0_and_names_no_roles(tmp_path):
+    samples = [DeviceSample(t_s=n / 10, read_s=n / 10, cpu_utilization_pct=5.0) for n in range(30)]
+    host = DeviceRecord(id="host", kind="process", name="CPU use of the host", role=None, sampling={}, samples=samples)
+    run = Run(name="a.csv", clock=Clock(0, 0), config={}, host={}, versions={}, devices=[host])
+    (panel,) = charts.monitored(analyze(run), [host]).panels
+    assert panel.title == "CPU use" and panel.series[0].x[0] == 0 and np.nanmax(panel.series[0].x) == 2.9
 
 
 def test_plot_of_utilisation_alone_has_one_panel(tmp_path):
