@@ -300,11 +300,9 @@ class EventStream:
             decode.relay_to(self, None if self.edit is None else first_token.EDITED)
 
     def pass_on(self, body: bytes) -> None:
-        # Nearly every piece is whole events: then this is one write and nothing else.
-        if self.held or not body.endswith(_EVENT_ENDS):
-            body = self._whole_events(body)
-            if not body:
-                return
+        body = self._whole_events(body)
+        if not body:
+            return
         if self.edit is not None:
             body = self.edit(body)
             if not body:
@@ -346,6 +344,8 @@ class EventStream:
         return b"%x\r\n%b\r\n" % (len(body), body) if self._chunked and body else body
 
     def _whole_events(self, body: bytes) -> bytes:
+        if not self.held and body.endswith(_EVENT_ENDS):  # nearly every piece
+            return body
         held, seen = self.held, max(0, len(self.held) - 3)  # an event's end may lie in two pieces
         held += body
         cut = max(at + len(end) if (at := held.rfind(end, seen)) >= 0 else 0 for end in _EVENT_ENDS)

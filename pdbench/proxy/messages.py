@@ -148,7 +148,9 @@ def is_single_sequence(fields: Fields) -> bool:
     """Whether one KV transfer carries the request: one prompt, one continuation, no use of the prompt's logits."""
 
     def number(name: str) -> float:
-        text = bytes(fields.get(name, b"0")).strip(b'" ').lower()  # vLLM takes "2" and "true", too
+        if name not in fields:
+            return 0
+        text = bytes(fields[name]).strip(b'" ').lower()  # vLLM takes "2" and "true", too
         if text in (b"true", b"t", b"yes", b"y", b"on"):
             return 1
         try:

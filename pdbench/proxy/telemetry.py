@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 
 import msgspec
 
@@ -24,8 +24,8 @@ _STAGES = {
 
 def _stages(event: ProxyEvent) -> Iterator[tuple[str, float]]:
     """The stages whose both ends are known, and their seconds."""
-    for stage, instants in _STAGES.items():
-        start_s, end_s = (getattr(event, instant) for instant in instants)
+    for stage, (start, end) in _STAGES.items():
+        start_s, end_s = getattr(event, start), getattr(event, end)
         if start_s is not None and end_s is not None:
             yield stage, end_s - start_s
 
@@ -49,7 +49,7 @@ class Telemetry:
         self._event_log = event_log
         registry = prometheus.CollectorRegistry()
         counter = partial(prometheus.Counter, registry=registry)
-        self._requests = counter("pdbench_proxy_requests", "Requests answered", ["status"])
+        self._answered = cache(counter("pdbench_proxy_requests", "Requests answered", ["status"]).labels)
         self._errors = counter("pdbench_proxy_errors", "Requests failed, by stage", ["stage"])
         self._retries = counter("pdbench_proxy_retries", "Further instances tried")
         seconds = prometheus.Histogram(
@@ -68,7 +68,7 @@ class Telemetry:
             except OSError as error:
                 self._event_log = None
                 log.error("the event log cannot be written (%s): no more lines there; make room and restart", error)
-        self._requests.labels(str(event.status)).inc()
+        self._answered(event.status).inc()
         if event.stage is not None:
             self._errors.labels(event.stage).inc()
         if event.retries:
