@@ -339,7 +339,7 @@ def merge(load: TrialLoad, results: Sequence[ClientResult]) -> LoadResult:
         start_s, end_s, window = decode_window
     lost = [result.lost for result in results if result.lost]
     if any(result.interrupted for result in results):
-        detail = f"trial {load.trial + 1}: stopped by Ctrl-C: the figures are of what was measured until then; comparisons leave this trial out"
+        detail = f"trial {load.trial + 1}: stopped early: the figures are of what was measured until then; comparisons leave this trial out"
         flags.append(Flag("interrupted", detail))
     elif lost:
         flags.append(Flag("client-lost", f"{'; '.join(lost)}: the figures are of what was measured until then"))

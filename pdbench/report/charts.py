@@ -239,8 +239,8 @@ def verdicts(compared: Comparison) -> Chart:
     ticks = [*(1 / step for step in reversed(steps)), 1.0, *steps]
     labels = [*(f"÷{step:g}" for step in reversed(steps)), "1", *(f"×{step:g}" for step in steps)]
     names = [text.title(line.metric.name) for line in compared.differences]
-    sure = ["" if line.alone else line.verdict for line in compared.differences]
-    colour = [VERDICTS.get(verdict, colours.MUTED) for verdict in sure]
+    decided = ["" if line.alone else line.verdict for line in compared.differences]
+    colour = [VERDICTS.get(verdict, colours.MUTED) for verdict in decided]
     each = [(ratio, name) for line, name in zip(compared.differences, names, strict=True) for ratio in line.pairs]
     ratios, rows = [ratio for ratio, _name in each], [name for _ratio, name in each]
     pairs = Series(kind="points", x=ratios, y=rows, shade=colours.MUTED, size=3.5)
@@ -254,7 +254,13 @@ def verdicts(compared: Comparison) -> Chart:
         rows=[(answer.values(line), answer.verdict(line)) for line in compared.differences],
         not_measured=_("These runs share no metric."),
     )
-    caption = _("Change and its 95 % interval, each pair as a dot; {0} is 1.", compared.names[0])
+    sure = any(line.ratio for line in compared.differences)
+    caption = _(
+        "Change and its 95 % interval, each pair as a dot; {0} is 1."
+        if sure
+        else "Change, without an interval; {0} is 1.",
+        compared.names[0],
+    )
     title = f"{text.against(compared.names)}: {_('change of each metric')}"
     return Chart(key="verdicts", title=title, panels=[panel], caption=caption)
 

@@ -37,7 +37,7 @@ def test_numbers_have_three_significant_digits_also_below_one():
 
 def test_warning_that_devices_share_is_said_once_in_both_languages():
     run = build_run("single")
-    short = "a window of 28.9 s is short for energy, needs at least 30 s: raise --requests"
+    short = "a window of 28.9 s is short for energy, needs at least 30 s: raise --requests or --duration-s, or send a longer trace"
     log = '"Triton kernel JIT compilation during inference: fused_moe_kernel" in its log, first seen 2.5 s into trial 1'
     compiled = f"{log}: a kernel was compiled while requests waited: raise --warmup, so that it meets these shapes"
     details = {"short-window": [f"gpu{gpu}: {short}" for gpu in (0, 1)], "clock": ["a", "gpu0: b", "gpu1: b"]}
