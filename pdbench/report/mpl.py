@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -171,7 +170,7 @@ def comparison(runs: text.Runs, comparisons: Sequence[Comparison]) -> Figure:
 
 def chart(described: Chart, width: float, height: float) -> Figure:
     """A chart alone: its panels in two columns, the last across both if their number is odd; title and caption above."""
-    caption = _wrapped(described.caption, 11 * int(width))
+    caption = text.wrapped(described.caption, 11 * int(width))
     figure = Figure(figsize=(width, height))
     columns = min(len(described.panels), 2)
     rows = -(-len(described.panels) // columns)
@@ -191,14 +190,9 @@ def chart(described: Chart, width: float, height: float) -> Figure:
     return figure
 
 
-def _wrapped(words: str, cells: int) -> str:
-    """In lines of so many letters, of Chinese characters half as many."""
-    return fill(words, max(cells, 20) * len(words) // max(cell_len(words), 1) or 1)
-
-
 def _heading(figure: Figure, title: str, runs: text.Runs) -> None:
     """Title, load and machine; at the right the result of the correctness check, a note and the names of flags."""
-    rows = [1 - inches / figure.get_figheight() for inches in (0.26, 0.60, 0.84, 1.04)]
+    rows = [1 - inches / figure.get_figheight() for inches in (0.26, 0.60, 0.84, 1.01)]
     at_right: dict[str, Any] = {"x": RIGHT, "ha": "right", "va": "top"}
     load = text.loads(runs)
     figure.text(LEFT, rows[0], title, fontsize=19, fontweight="bold", color=INK, va="top")
@@ -216,7 +210,7 @@ def _heading(figure: Figure, title: str, runs: text.Runs) -> None:
     found = [f"{name}: {flag}" if len(runs) > 1 else flag for name, flag in flags.items() if flag]
     if found:
         words = _("warnings: {0}", "; ".join(found))
-        row = rows[1] if cell_len(load) + cell_len(words) < 190 else rows[3]
+        row = rows[1] if cell_len(load) + cell_len(words) < 175 else rows[3]
         size = min(11.0, 11.0 * 175 / cell_len(words))  # 175 letters fill the width
         figure.text(y=row, s=words, fontsize=size, color=BAD, fontweight="bold", **at_right)
 
@@ -225,7 +219,7 @@ def draw_panel(axis: Axes, panel: Panel, legend: str = "inside", x_labels: bool 
     """Draw a panel; `legend` is inside, above, or empty for none."""
     axis.set_title(panel.title, x=title_x)
     if not panel.series:
-        words = _wrapped(_("not measured: {0}", panel.not_measured), int(axis.get_window_extent().width / 8))
+        words = text.wrapped(_("not measured: {0}", panel.not_measured), int(axis.get_window_extent().width / 8))
         axis.text(0.5, 0.5, words, transform=axis.transAxes, ha="center", va="center", color=MUTED)
         axis.set(xticks=[], yticks=[])
         return
@@ -254,11 +248,15 @@ def draw_panel(axis: Axes, panel: Panel, legend: str = "inside", x_labels: bool 
     _name_points(axis, [series for series in panel.series if series.kind == "line" and series.labels])
     if not x_labels:
         axis.set(xlabel="", xticklabels=[])
-    if legend and axis.get_legend_handles_labels()[1]:
-        # Where the title begins left of the panel, there is room at its right.
-        right = 1.0 - 0.75 * title_x
-        above = {"bbox_to_anchor": (right, 0.985), "ncols": 8, "columnspacing": 1.1, "handlelength": 1.4}
-        axis.legend(**{"loc": "lower right"} | above if legend == "above" else {})
+    names = axis.get_legend_handles_labels()[1] if legend else []
+    if names and legend == "above":
+        # Where the title begins left of the panel, there is room at its right; beside a title there is room for 150 letters.
+        place, size = (1.0 - 0.75 * title_x, 0.985), min(9.5, 9.5 * 150 / sum(cell_len(name) + 5 for name in names))
+        axis.legend(
+            loc="lower right", bbox_to_anchor=place, fontsize=size, ncols=8, columnspacing=1.1, handlelength=1.4
+        )
+    elif names:
+        axis.legend()
 
 
 def _draw_series(axis: Axes, series: Series, ends: Counter[str]) -> None:
@@ -395,6 +393,6 @@ def _draw_table(axis: Axes, table: tables.Table, widths: Sequence[float]) -> Non
             look |= {"fontweight": "normal" if place else "bold", "va": "center", "fontsize": 9.5}
             x, y = edges[place] if place else 0.0, 1 - (number + 0.5) * step
             axis.text(x, y, word, transform=axis.transAxes, **look)
-    note = _wrapped(table.note, int(axis.get_window_extent().width / 6.3))
+    note = text.wrapped(table.note, int(axis.get_window_extent().width / 6.3))
     axis.text(0, 1 - (len(rows) + 0.2) * step, note, transform=axis.transAxes, color=MUTED, va="top", fontsize=8.5)
     axis.plot([0, 1], [1 - step] * 2, color=FAINT, lw=1, transform=axis.transAxes, clip_on=False)

@@ -8,7 +8,10 @@ from contextvars import ContextVar
 from functools import cache
 from math import floor, isfinite
 from pathlib import Path, PurePath
+from textwrap import fill
 from typing import Any, cast
+
+from rich.cells import cell_len
 
 from pdbench.analysis.device_flags import THROTTLED_PCT
 from pdbench.analysis.run_analysis import RunAnalysis, is_foreign
@@ -136,6 +139,11 @@ def _translate_saved(english: str) -> str:
 
 
 _ = translate
+
+
+def wrapped(words: str, cells: int) -> str:
+    """In lines of so many letters, of Chinese characters half as many."""
+    return fill(words, max(cells, 20) * len(words) // max(cell_len(words), 1) or 1)
 
 
 def number(value: str | float | None, missing: str = "–") -> str:
