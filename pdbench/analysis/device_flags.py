@@ -95,10 +95,9 @@ def device_flags(meter: Meter, windows: Sequence[Interval]) -> Iterator[Flag]:
             )
     shortest_s = min((end - start for start, end in windows), default=0.0)
     if energy.energy_j is not None and shortest_s < SHORT_S:
-        needs = (
-            f"short for energy, needs at least {SHORT_S:g} s: raise --requests or --duration-s, or send a longer trace"
-        )
-        yield Flag("short-window", f"{device.label}: a window of {shortest_s:.1f} s is {needs}")
+        remedy = "raise --requests or --duration-s, or send a longer trace"
+        short = f"a window of {shortest_s:.1f} s is short for energy, needs at least {SHORT_S:g} s: {remedy}"
+        yield Flag("short-window", f"{device.label}: {short}")
     during = meter.samples_in(windows)
     reasons = Counter(reason for sample in during for reason in sample.throttle or () if reason not in HARMLESS)
     for reason, count in reasons.items():

@@ -315,8 +315,8 @@ class EventStream:
         decode = self._client.decode
         assert decode is not None
         # The end of the body ends an event that lacks its blank line.
-        held = bytes(self.held).rstrip() + b"\n\n" if self.held.strip() else b""
-        error = None
+        rest, error = bytes(self.held).rstrip(), None
+        held = rest + b"\n\n" if rest else b""
         if not self._dialect.is_end(held or self.last):  # what fails behind the last event costs the client nothing
             missing = (self._dialect.ends or (b"[DONE]",))[0].decode()
             error = decode.error or f"decode ended the stream without {missing}"

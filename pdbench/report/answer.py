@@ -130,10 +130,9 @@ def headline(comparison: Comparison, runs: Runs) -> str:
     if comparison.equal_hardware and b.gpus:
         where = _("{0}, 1 GPU each" if b.gpus == 1 else "{0}, {1} GPUs each", where, b.gpus)
     elif not comparison.equal_hardware:
-        unknown = [is_foreign(runs[name]) for name in comparison.names]
         counts = (
-            "?" if is_unknown and not count else number(count or 0)
-            for is_unknown, count in zip(unknown, comparison.gpus, strict=True)
+            "?" if not count and is_foreign(runs[name]) else number(count or 0)
+            for name, count in zip(comparison.names, comparison.gpus, strict=True)
         )
         where = _("Scaling, not a verdict: {0} ({2} GPUs against {1})", where, *counts)
     where = ": ".join(filter(None, (_not_counting(comparison), where)))

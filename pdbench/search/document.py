@@ -146,6 +146,6 @@ class Document(msgspec.Struct, kw_only=True):
             if point.deployment == name
             and point.rate_per_s
             and bool(point.setting) == clocks
-            and (point.counts or (clocks and not point.void))
+            and (not point.void if clocks else point.counts)
         ]
         return sorted(found, key=lambda each: each[0])

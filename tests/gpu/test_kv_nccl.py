@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -72,9 +73,7 @@ class InstanceElsewhere(Instance):
     """An instance in a process of its own, which NCCL takes for one on another host."""
 
     def __post_init__(self):
-        settings = {
-            name: getattr(self, name) for name in ("role", "transport", "device", "layout", "timeout_s", "staging_mib")
-        }
+        settings = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
         context = multiprocessing.get_context("spawn")
         self.connection, there = context.Pipe()
         self.process = context.Process(target=serve_instance, args=(there, settings), daemon=True)
