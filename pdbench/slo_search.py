@@ -300,9 +300,10 @@ def _confirmed(load: LoadConfig, rate: float, span_s: float, least_s: float) -> 
 def _enter(entry: Held, answer: Answer, points: Sequence[Point]) -> None:
     """The part of an answer that loads alone give. Without a rate that is held: the closest load."""
     mine = [point for point in points if point.deployment == entry.name and not point.setting and not point.void]
-    above = [point for point in mine if point.limited_by and (point.rate_per_s or 0) >= answer.rate]
+    judged = [point for point in mine if point.counts]
+    above = [point for point in judged if point.limited_by and (point.rate_per_s or 0) >= answer.rate]
     breaking = min(above, key=lambda point: point.rate_per_s or 0, default=None)
-    closest = max(mine, key=lambda point: point.attained_pct, default=None)
+    closest = max(judged, key=lambda point: point.attained_pct, default=None)
     limiting = breaking or closest
     entry.rate_per_s, entry.low = answer.rate if answer.low > 0 else None, answer.low
     entry.high = answer.high if isfinite(answer.high) else None

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,8 @@ from pdbench.load import plan
 from pdbench.load.generator import Progress
 from pdbench.records import RequestRecord, Run, load_run
 from pdbench.report.search_sentence import sentence
-from pdbench.search.rates import Search
+from pdbench.search.document import Held, Point
+from pdbench.search.rates import Answer, Search
 from pdbench.slo_loads import LoadJudge, settle_s
 from pdbench.slo_search import Goal
 from tests.test_slo_search import Law, search
@@ -166,3 +168,21 @@ def test_load_of_which_nothing_can_be_judged_ends_the_search_with_the_reason(tmp
         UserError, match=r"no request of .*one-at-a-time could be judged: .* chunks hold several tokens"
     ):
         search(tmp_path, InChunks(1))
+
+
+def test_closest_load_is_one_that_counts() -> None:
+    def point(rate: float, attained_pct: float, **more: bool | None) -> Point:
+        of_client: dict[str, Any] = {"client_limited": False, "held": False, **more}
+        named: dict[str, Any] = {
+            "deployment": "single",
+            "run": f"{rate}",
+            "slo_used": None,
+            "limited_by": "slo_ttft_ms",
+        }
+        return Point(rate_per_s=rate, attained_pct=attained_pct, requests=8, load_s=1.0, **named, **of_client)
+
+    entry = Held(name="single")
+    lagged = point(4.0, 96.0, client_limited=True, held=None)
+    slo_search._enter(entry, Answer(rate=3.0, low=0.0, high=9.0), [lagged, point(8.0, 90.0)])
+    assert entry.closest and entry.closest.attained_pct == 90.0
+    assert entry.loads == 2
