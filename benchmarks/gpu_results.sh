@@ -4,8 +4,8 @@
 # GROUP: two-gpu or connector (two lanes of two GPUs each, at the same time: about 26 and 10 minutes; on two GPUs connector's lanes come one
 # after the other, about 20), tensor-parallel (about 16), tensor-parallel-load (about 22, first-token beside it), dense-lanes (about 5), fleet (about 26),
 # fleet-tuned (about 24), fleet-512 (about 16), on two GPUs rivals (about 25; needs nixl and
-# mooncake), wire (about 6), connector-checks (about 8; needs mooncake), builtin (about 6; needs a vLLM of 0.10.2 to 0.23), first-token (about 8), dense (about 7), calibrate (about 24)
-# or, on one, one-gpu (about 26); default: all but the last seven.
+# mooncake), wire (about 6), connector-checks (about 8; needs mooncake), builtin (about 7; needs a vLLM of 0.10.2 to 0.23), first-token (about 8), first-token-load (about 8), dense (about 7), calibrate (about 24)
+# or, on one, one-gpu (about 26); default: all but the last eight.
 # No step begins later than SECONDS after the start; each leaves a folder and a log in OUT and prints one line; one that fails ends no other.
 # CONNECTORS names those of rivals (default: all, with commas between). MODEL is a model folder (default: DeepSeek-V2-Lite's shape with random weights, made in OUT), PDBENCH_PYTHON the Python that has pdbench and vLLM.
 set -u
@@ -116,8 +116,8 @@ connector_checks() { # the connector's tests and, beside them, the gate of vLLM'
 }
 
 builtin() { # vLLM's own P2pNcclConnector; 64 at a time last, which ends it
-    step builtin 340 env CUDA_VISIBLE_DEVICES=0,1 "$python" benchmarks/kv_transfer.py --out "$out/builtin" --connectors builtin-p2p-nccl --stages handoff,ttft,tbt,load \
-        --model "$model" --requests 64 --limit-s 200 "--vllm-args=--load-format dummy $alone"
+    step builtin 420 env CUDA_VISIBLE_DEVICES=0,1 "$python" benchmarks/kv_transfer.py --out "$out/builtin" --connectors builtin-p2p-nccl --stages handoff,ttft,tbt,load \
+        --model "$model" --requests 64 --limit-s 280 "--vllm-args=--load-format dummy $alone"
 }
 
 rivals() {
@@ -127,6 +127,10 @@ rivals() {
 
 first_token() { # first_token [LANE]
     vllm=$alone measure first-token 700 sweep gpu-1p1d-graphs $1 --against disaggregated --vary rate=4,8,16 first_token=prefill,either --duration-s 33 $slo
+}
+
+first_token_load() { # the same where prefill has a queue
+    vllm=$alone measure first-token-load 700 sweep gpu-1p1d-graphs --against disaggregated --vary rate=24,28,32 first_token=prefill,either --duration-s 36 $slo
 }
 
 dense() { # dense NAME DEPLOYMENTS [LANE]: another shape, for the planner
@@ -249,12 +253,13 @@ for group in "$@"; do
     connector-checks) connector_checks ;;
     builtin) builtin ;;
     first-token) first_token "" ;;
+    first-token-load) first_token_load ;;
     dense) dense dense replicas,disaggregated "" ;;
     dense-lanes) dense_lanes ;;
     calibrate) calibrate ;;
     one-gpu) one_gpu ;;
     *)
-        echo "no group $group: two-gpu, connector, tensor-parallel, tensor-parallel-load, fleet, fleet-tuned, fleet-512, rivals, wire, connector-checks, builtin, first-token, dense, dense-lanes, calibrate, one-gpu" >&2
+        echo "no group $group: two-gpu, connector, tensor-parallel, tensor-parallel-load, fleet, fleet-tuned, fleet-512, rivals, wire, connector-checks, builtin, first-token, first-token-load, dense, dense-lanes, calibrate, one-gpu" >&2
         exit 2
         ;;
     esac
