@@ -115,9 +115,9 @@ connector_checks() { # the connector's tests and, beside them, the gate of vLLM'
     wait $!
 }
 
-builtin() { # vLLM's own P2pNcclConnector; 64 at a time last, which ends it
-    step builtin 420 env CUDA_VISIBLE_DEVICES=0,1 "$python" benchmarks/kv_transfer.py --out "$out/builtin" --connectors builtin-p2p-nccl --stages handoff,ttft,tbt,load \
-        --model "$model" --requests 64 --limit-s 280 "--vllm-args=--load-format dummy $alone"
+builtin() { # vLLM's own P2pNcclConnector
+    step builtin 460 env CUDA_VISIBLE_DEVICES=0,1 "$python" benchmarks/kv_transfer.py --out "$out/builtin" --connectors builtin-p2p-nccl --model "$model" \
+        --requests 1000 --limit-s 380 "--vllm-args=--load-format dummy $alone"
 }
 
 rivals() {
@@ -130,7 +130,7 @@ first_token() { # first_token [LANE]
 }
 
 first_token_load() { # the same where prefill has a queue
-    vllm=$alone measure first-token-load 700 sweep gpu-1p1d-graphs --against disaggregated --vary rate=24,28,32 first_token=prefill,either --duration-s 36 $slo
+    vllm=$alone measure first-token-load 700 sweep gpu-1p1d-graphs --against disaggregated --vary rate=24,28,32 first_token=prefill,either --duration-s 30 $slo
 }
 
 dense() { # dense NAME DEPLOYMENTS [LANE]: another shape, for the planner

@@ -26,6 +26,7 @@ from tests.support.processes import free_port
 
 NIXL = {"nixl": "NixlConnector", "nixl-push": "NixlPushConnector"}
 """vLLM's own: decode reads KV, or prefill writes it."""
+SERVERS = ("prefill", "decode", "single")
 CONNECTORS = ("p2p-nccl", "tcp", *NIXL, "mooncake", "builtin-p2p-nccl")
 
 
@@ -59,12 +60,16 @@ class Pair:
     commands: list[tuple[list[str], dict[str, str]]]
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     push_source: dict[str, object] | None = None
+    single_url: str = ""
+
+    def __post_init__(self) -> None:
+        self.single_url = self.single_url or self.urls[1]
 
     def launch(self, index: int) -> None:
-        """Start server 0 (prefill) or 1 (decode), for the first time or again; its log goes on."""
+        """Start server 0 (prefill), 1 (decode) or 2 (a single instance of its own), for the first time or again; its log goes on."""
         self.push_source = None
         command, environment = self.commands[index]
-        with (self.folder / f"{self.connector}-{('prefill', 'decode')[index]}.log").open("ab") as log:
+        with (self.folder / f"{self.connector}-{SERVERS[index]}.log").open("ab") as log:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         self.processes[index : index + 1] = [process]
 
@@ -140,8 +145,8 @@ class Pair:
             await prefill
 
     async def ask_single(self, prompt: list[int], output_tokens: int) -> Timed:
-        """The same request to the decode server alone, which prefills it itself."""
-        return await streamed(self.urls[1], prompt, output_tokens, None, None, time.monotonic())
+        """The same request to a single instance: the decode server alone, which prefills it itself, where its connector lets it."""
+        return await streamed(self.single_url, prompt, output_tokens, None, None, time.monotonic())
 
 
 def available(connector: str) -> bool:
@@ -167,7 +172,7 @@ def start(
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Rank i of an instance takes its i-th KV port.
-    port, kv_port = free_port(count=2), free_port(count=2 * tensor_parallel)
+    port, kv_port = free_port(count=3), free_port(count=2 * tensor_parallel)
     ports, kv_ports = (port, port + 1), (kv_port, kv_port + tensor_parallel)
     urls = tuple(f"http://127.0.0.1:{port}" for port in ports)
     kv = tuple(f"127.0.0.1:{port}" for port in kv_ports)
@@ -219,8 +224,18 @@ def start(
                 environment |= of_another_host(role)
         commands.append(([*command, *arguments], environment))
     pair = Pair(connector, (urls[0], urls[1]), (kv[0], kv[1]), folder, commands)
-    for index in (0, 1):
-        (folder / f"{connector}-{('prefill', 'decode')[index]}.log").unlink(missing_ok=True)
+    if connector == "builtin-p2p-nccl":
+        # A request that did not pass prefill ends its decode: the single instance is a server beside it, without connector.
+        for command, _ in commands:
+            command += ["--gpu-memory-utilization", "0.4"]
+        command, environment = commands[1]
+        at = command.index("--kv-transfer-config")
+        alone = [*command[:at], *command[at + 2 :], "--kv-cache-memory-bytes", "8000000000"]
+        alone[alone.index("--port") + 1] = str(port + 2)
+        commands.append((alone, environment))
+        pair.single_url = f"http://127.0.0.1:{port + 2}"
+    for index in range(len(commands)):
+        (folder / f"{connector}-{SERVERS[index]}.log").unlink(missing_ok=True)
         pair.launch(index)
         if shared_gpu and index == 0:
             wait_healthy(pair, 400)  # two that start at once on one GPU count each other's memory as theirs
@@ -257,7 +272,7 @@ def _transfer(connector: str, role: str, kv_port: int, port: int, folder: Path, 
 def wait_healthy(pair: Pair, limit_s: float) -> str | None:
     """None when all servers that were started answer, else why not, with the log's end."""
     until_s = time.monotonic() + limit_s
-    for role, url, process in zip(("prefill", "decode"), pair.urls, pair.processes, strict=False):
+    for role, url, process in zip(SERVERS, (*pair.urls, pair.single_url), pair.processes, strict=False):
         while True:
             try:
                 urllib.request.urlopen(f"{url}/health", timeout=2).close()

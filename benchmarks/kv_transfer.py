@@ -6,9 +6,9 @@ imported; Mooncake moves KV over NVLink as CUDA's copies between processes):
 With tensor parallelism on both sides (four GPUs), beside a single instance as wide:
     python benchmarks/kv_transfer.py --out kv-transfer-tp2 --connectors p2p-nccl --tensor-parallel 2 --requests 500
 With the vLLM that still has P2pNcclConnector (0.10.2 - 0.23), into the same table:
-    python benchmarks/kv_transfer.py --out kv-transfer --connectors builtin-p2p-nccl --requests 200
+    python benchmarks/kv_transfer.py --out kv-transfer --connectors builtin-p2p-nccl --requests 1000
 On CPU, to try the benchmark itself:
-    python benchmarks/kv_transfer.py --cpu --connectors tcp --requests 16 --model MODEL_FOLDER --out kv-transfer
+    python benchmarks/kv_transfer.py --cpu --connectors tcp --requests 16 --concurrency 4 --model MODEL_FOLDER --out kv-transfer
 The table again, from what was saved: python benchmarks/kv_transfer.py --out kv-transfer --connectors ''
 """
 
@@ -201,7 +201,7 @@ class Measurement:
         for tokens in (512, 2048, self.options.long):
             sides: dict[str, list[float]] = {"disaggregated": [], "single": []}
             for _ in range(3):
-                for side, url in (("disaggregated", self.proxy_url), ("single", self.pair.urls[1])):
+                for side, url in (("disaggregated", self.proxy_url), ("single", self.pair.single_url)):
                     done = await self.driven(url, 1, max(1, self.options.repeat // 3), tokens, 4)
                     sides[side] += done["ttfts"]
             self.results[f"ttft {tokens}"] = {f"{side}_ms_p50": quantile(ttfts, 0.5) for side, ttfts in sides.items()}
@@ -209,9 +209,8 @@ class Measurement:
     async def tbt_beside_transfers(self) -> None:
         """Eight streams decode without a break; their gaps while KV arrives for others, and while it does not."""
         for name, busy in (("without", False), ("with", True)):
-            streams = [
-                asyncio.create_task(self.pair.ask_single(self.prompt(64), self.options.stream_tokens)) for _ in range(8)
-            ]
+            ask = self.pair.ask if self.pair.single_url != self.pair.urls[1] else self.pair.ask_single
+            streams = [asyncio.create_task(ask(self.prompt(64), self.options.stream_tokens)) for _ in range(8)]
             await asyncio.sleep(0.5)
             arrived = 0
             while busy and not any(stream.done() for stream in streams):
@@ -240,27 +239,32 @@ class Measurement:
                 2048,
                 128,
             ),
-            (f"decode alone, {many} streams", self.pair.urls[1], many, many, 64, self.options.stream_tokens // 3),
+            (f"decode alone, {many} streams", self.pair.single_url, many, many, 64, self.options.stream_tokens // 3),
         ):
-            before, cpu_s = await asyncio.to_thread(metrics, self.pair.urls[1]), self.pair.cpu_s()
+            decode = self.pair.single_url if url == self.pair.single_url else self.pair.urls[1]
+            before, cpu_s = await asyncio.to_thread(metrics, decode), self.pair.cpu_s()
             done = await self.driven(url, concurrency, requests, tokens, output)
-            after, cpu_s = await asyncio.to_thread(metrics, self.pair.urls[1]), self.pair.cpu_s() - cpu_s
             ttfts, gaps, seconds = done.pop("ttfts"), done.pop("gaps"), done.pop("second_gaps")
-            steps = after["vllm:iteration_tokens_total_count"] - before["vllm:iteration_tokens_total_count"]
             self.results[name] = done | {
                 "tbt_p50_ms": quantile(gaps, 0.5),
                 "tbt_p99_ms": quantile(gaps, 0.99),
                 "ttft_p50_ms": quantile(ttfts, 0.5),
                 "second_token_p50_ms": quantile(seconds, 0.5),
                 "second_token_p99_ms": quantile(seconds, 0.99),
-                "decode_steps": steps,
+            }
+            after, cpu_s = await asyncio.to_thread(metrics, decode), self.pair.cpu_s() - cpu_s
+            self.results[name] |= {  # an engine that the load ended has no counters
+                "decode_steps": after["vllm:iteration_tokens_total_count"]
+                - before["vllm:iteration_tokens_total_count"],
                 "servers_cpu_ms_per_request": 1e3 * cpu_s / done["sent"],
             }
 
     async def arrivals_without_kv(self) -> None:
-        """As many requests per second as the loaded pair served, at decode alone, which has all but the last token of their prompts
-        in its prefix cache: what arrivals cost the streams that decode beside them when no KV travels."""
+        """As many requests per second as the loaded pair served, at the single instance (decode alone), which has all but the last token of
+        their prompts in its prefix cache: what arrivals cost the streams that decode beside them when no KV travels."""
         rate = self.results[f"load {self.options.concurrency} at a time"]["requests_per_s"]
+        if rate is None:
+            raise ValueError(f"--requests {self.options.requests} is not more than --concurrency: no rate to repeat")
         prompts = [self.prompt(2049) for _ in range(min(self.options.requests, 60))]
         for prompt in prompts:
             await self.pair.ask_single(prompt, 2)
@@ -296,7 +300,8 @@ class Measurement:
             "requests": len(measured),
             "failed": len(measured) - len(good),
             "first_error": next((str(request.error) for request in measured if request.error), None),
-            "requests_per_s": result.trial.client["achieved_rate_per_s"],
+            # Requests that are all sent at once have no rate.
+            "requests_per_s": result.trial.client["achieved_rate_per_s"] if requests > concurrency else None,
             "flags": [f"{flag.name}: {flag.detail}" for flag in result.flags],
             "ttfts": [(r.token_s[0] - r.sent_s) * 1e3 for r in good if r.sent_s is not None],
             "gaps": [(b - a) * 1e3 for r in good for a, b in pairwise(r.token_s)],
