@@ -206,7 +206,10 @@ def start(
             command += ["--tensor-parallel-size", str(tensor_parallel)]
         if cpu:
             command += ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "256M"]
-            command += ["--attention-backend", "CPU_MLA"]  # vLLM 0.32 takes one for bfloat16 alone on a processor with AMX
+            command += [
+                "--attention-backend",
+                "CPU_MLA",
+            ]  # vLLM 0.32 takes one for bfloat16 alone on a processor with AMX
             command += ["--distributed-executor-backend", "uni" if tensor_parallel == 1 else "mp"]
             command += ["--max-model-len", "4096"]
             command += ["--compilation-config", '{"custom_ops":["all","-rotary_embedding"]}']

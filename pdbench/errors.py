@@ -14,6 +14,13 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
+class OptionError(UserError):
+    """The value of one option that cannot be read or is outside its range, whatever the others say: exit code 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, exit_code=2)
+
+
 class WriteError(UserError):
     """A file that cannot be written, as on a full disk: whatever is measured next would be lost, too."""
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from pdbench import correctness, documents, turns
 from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig
-from pdbench.errors import UserError, span
+from pdbench.errors import OptionError, UserError, span
 from pdbench.files import check_writable, results_files, save_somewhere
 from pdbench.http import get, offered_model
 from pdbench.live import publisher
@@ -58,7 +58,7 @@ def run(
         return
     _check_options(site, options, console)
     if len(set(kinds)) < len(kinds):
-        raise UserError(f"--against {','.join(kinds)} names a deployment twice: each once, --pairs repeats them")
+        raise OptionError(f"--against {','.join(kinds)} names a deployment twice: each once, --pairs repeats them")
     folders = {kind: out / f"{kind}_results" for kind in kinds}
     for folder in (out, *(folder for folder in folders.values() if folder.exists())):
         check_writable(folder)
@@ -92,11 +92,8 @@ def run(
     if not servers.stay:
         waves = {deployment.kind: len(deployment.waves()) for deployment in planned if deployment.commands}
         console.print(turns.announce(kinds, design, options, left, waves, on_gpu=on_gpu))
-        if older := [str(folder) for folder in folders.values() if not design.resume and results_files(folder)]:
-            words = (
-                f"replaces the earlier results in {', '.join(older)} (--resume adds to them, another --out keeps them)"
-            )
-            console.print(words, markup=False, soft_wrap=True)
+        if not design.resume:
+            _say_replaced(console, folders.values(), "--resume adds to them, another --out keeps them")
         if not on_gpu:
             console.print("no GPU here: this shows that everything works, not whether disaggregation pays")
     used = sorted({gpu for by_role in gpus for indices in by_role.values() for gpu in indices})
@@ -190,6 +187,7 @@ def bench(
     folder = out / f"{info.name}_results"
     if folder.exists():
         check_writable(folder)
+    _say_replaced(console, [folder], "another --out keeps them")
     _check_lengths(options.load, info.config.get("max_model_len"))
     for flag in flags:
         console.print(f"  [yellow]{flag.name}[/yellow]: {escape(flag.detail)}")
@@ -235,6 +233,12 @@ def _check_options(site: Site, options: Options, console: Console) -> None:
         site.check_options(options.load, options.power)
     finally:
         timer.cancel()
+
+
+def _say_replaced(console: Console, folders: Iterable[Path], remedy: str) -> None:
+    """What was measured before and will be replaced, if anything."""
+    if older := [str(folder) for folder in folders if results_files(folder)]:
+        console.print(f"replaces the earlier results in {', '.join(older)} ({remedy})", markup=False, soft_wrap=True)
 
 
 def _check_lengths(load: LoadConfig, max_model_len: int | None) -> None:

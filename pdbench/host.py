@@ -15,7 +15,7 @@ import psutil
 
 from pdbench.config import DeploymentKind, ServeConfig
 from pdbench.config.serving import option_of
-from pdbench.errors import UserError
+from pdbench.errors import OptionError, UserError
 from pdbench.events import Event, LogLine, parse
 from pdbench.files import new_lines
 from pdbench.http import host_port, netloc
@@ -251,7 +251,7 @@ def own_address(kv_ip: str) -> str:
     try:
         wanted = ipaddress.ip_network(kv_ip, strict=False)
     except ValueError:
-        raise UserError(f"--kv-ip {kv_ip} is no network: write it as 10.1.0.0/16, or give an address") from None
+        raise OptionError(f"--kv-ip {kv_ip} is no network: write it as 10.1.0.0/16, or give an address") from None
     for addresses in psutil.net_if_addrs().values():
         for address in addresses:
             is_ip = address.family in (socket.AF_INET, socket.AF_INET6)

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from urllib.parse import quote, urlsplit
 
-from pdbench.errors import NOT_JSON, UserError, in_line
+from pdbench.errors import NOT_JSON, OptionError, UserError, in_line
 
 _LARGEST_BYTES = 64 << 20
 _INTERFACE = re.compile(r"(/v1(/(chat/)?completions)?)?/*$")
@@ -36,19 +36,19 @@ class ServerUrl:
 def split_url(url: str, *, verify_tls: bool = True) -> ServerUrl:
     """Take `url` apart (IPv6 in brackets, with or without a path before /v1). Raises UserError when it is not http or https."""
     if "@" in url:
-        raise UserError("--url holds a user or password, which is not sent: leave it out; OPENAI_API_KEY takes a key")
+        raise OptionError("--url holds a user or password, which is not sent: leave it out; OPENAI_API_KEY takes a key")
     try:
         parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
         (parts.hostname or "").encode("idna")
     except ValueError as error:  # UnicodeError is a subclass
-        raise UserError(f"--url {url}: {error}; write it as http://HOST:PORT") from None
+        raise OptionError(f"--url {url}: {error}; write it as http://HOST:PORT") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"--url {url} is not http://HOST:PORT or https://HOST:PORT")
+        raise OptionError(f"--url {url} is not http://HOST:PORT or https://HOST:PORT")
     if parts.query or parts.fragment:
-        raise UserError(f"--url {url}: what follows ? or # is not sent: leave it out")
+        raise OptionError(f"--url {url}: what follows ? or # is not sent: leave it out")
     if not parts.path.isascii() or any(letter.isspace() for letter in parts.path):
-        raise UserError(
+        raise OptionError(
             f"--url {url}: its path holds spaces or letters beyond ASCII: write {quote(parts.path, safe='/%')}"
         )
     tls = None

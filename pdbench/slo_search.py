@@ -21,7 +21,7 @@ from pdbench.analysis.metrics import Timings
 from pdbench.analysis.run_analysis import load_analysis
 from pdbench.analysis.slo import SLO
 from pdbench.config import CLOCK_OPTIONS, LoadConfig, Options, flag_of
-from pdbench.errors import UserError, span
+from pdbench.errors import OptionError, UserError, span
 from pdbench.files import check_writable
 from pdbench.load import plan
 from pdbench.report import search_files, tables, text
@@ -66,7 +66,7 @@ def goal(attain: str, precision: str, until_s: float, tune_rate: float | None = 
         except ValueError:
             percent = inf
         if not low <= percent <= high:
-            raise UserError(f"{name} {given}: give {low:g}% to {high:g}%")
+            raise OptionError(f"{name} {given}: give {low:g}% to {high:g}%")
         shares[name] = percent / 100
     return Goal(shares["--attain"], shares["--precision"], until_s, tune_rate)
 
@@ -79,7 +79,7 @@ def tuning(options: Options, tune: Sequence[str], kinds: Sequence[str]) -> dict[
         for point in sweep.points(options, [given]):
             for key, value in point.varied.items():
                 if key not in CLOCK_OPTIONS:
-                    raise UserError(
+                    raise OptionError(
                         f"--tune {given}: only clocks and power caps can be tuned, {', '.join(CLOCK_OPTIONS)}"
                     )
                 values.setdefault(key, []).append(value)

@@ -19,7 +19,7 @@ from rich.markup import escape
 
 from pdbench import documents, identity
 from pdbench.config import Options, ServerConfig, flag_of, slo_limits
-from pdbench.errors import NOT_JSON, StartError, UserError, WriteError, span
+from pdbench.errors import NOT_JSON, OptionError, StartError, UserError, WriteError, span
 from pdbench.files import begin_again, check_name, check_writable, holds, results_files, run_ids, write_whole
 from pdbench.live import publisher
 from pdbench.load.contents import contents_of
@@ -51,19 +51,19 @@ def points(options: Options, vary: Sequence[str]) -> list[Point]:
     A tuple's values are joined by +, as in prefill_gpus=0,0+1. Raises UserError naming the key or value that is wrong.
     """
     if not vary:
-        raise UserError("a sweep needs --vary KEY=V1,V2,... as in --vary concurrency=1,2,4,8")
+        raise OptionError("a sweep needs --vary KEY=V1,V2,... as in --vary concurrency=1,2,4,8")
     axes: dict[str, list[str]] = {}
     for text in vary:
         key, equals, values = text.partition("=")
         key = key.strip().lstrip("-").replace("-", "_")
         if not equals or not values or key in axes:
-            raise UserError(f"--vary {text}: give each KEY=V1,V2,... once")
+            raise OptionError(f"--vary {text}: give each KEY=V1,V2,... once")
         axes[key] = [value.strip() for value in values.split(",")]
     combinations = itertools.product(*axes.values())
     made = [_point(options, dict(zip(axes, combination, strict=True))) for combination in combinations]
     names = [point.name for point in made]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(
+        raise OptionError(
             f"--vary: two points are {twice}: give each value once, values whose folders have different names"
         )
     return made
@@ -109,7 +109,7 @@ def _parsed(key: str, text: str, option: str) -> tuple[str, Any]:
     """(section, value) of an option; the command line's own parser reads the text and checks its range, which takes a tenth of a second."""
     sections = [field.name for field in dataclasses.fields(Options) if hasattr(getattr(_DEFAULTS, field.name), key)]
     if not sections:
-        raise UserError(f"{option} {key}: no such option; `pdbench run --help` lists them all", exit_code=2)
+        raise OptionError(f"{option} {key}: no such option; `pdbench run --help` lists them all")
     section = sections[0]
     default = getattr(getattr(_DEFAULTS, section), key)
     if text.lower() == "none" and default is None:
@@ -119,7 +119,7 @@ def _parsed(key: str, text: str, option: str) -> tuple[str, Any]:
     try:
         parsed = _parser(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except cyclopts.CycloptsError as error:
-        raise UserError(f"{option} {key}: {text!r} does not fit: {str(error).strip()}", exit_code=2) from None
+        raise OptionError(f"{option} {key}: {text!r} does not fit: {str(error).strip()}") from None
     return section, getattr(getattr(parsed, section), key)
 
 

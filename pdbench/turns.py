@@ -14,7 +14,7 @@ from rich.markup import escape
 from pdbench import documents, failures, identity, sweep
 from pdbench.analysis.flags import DERIVED
 from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig, ServeConfig
-from pdbench.errors import UserError, span
+from pdbench.errors import OptionError, UserError, span
 from pdbench.live import publisher, terminal
 from pdbench.load import plan
 from pdbench.load.contents import contents_of
@@ -41,7 +41,7 @@ def deployments(text: str) -> list[DeploymentKind]:
     names: list[DeploymentKind] = []
     for part in text.split(","):
         if part not in get_args(DeploymentKind):
-            raise UserError(f"no deployment {part!r}: choose from {', '.join(get_args(DeploymentKind))}")
+            raise OptionError(f"no deployment {part!r}: choose from {', '.join(get_args(DeploymentKind))}")
         names.append(cast(DeploymentKind, part))
     return names
 

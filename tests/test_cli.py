@@ -90,6 +90,15 @@ def test_bad_input_is_one_line_and_a_failure(arguments: list[str], told: str, tm
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("wrong", [
+    "run --against singel", "search --slo tftt=300", "bench --url ftp://host", "bench --stages 5", "plan a --deployment 3d5p",
+    "monitor --gpus a", "report --picture a.svg",
+])  # fmt: skip
+def test_value_that_cannot_be_read_is_exit_code_2(wrong: str, tmp_path: Path) -> None:
+    assert call_pdbench(*wrong.split(), cwd=tmp_path).returncode == 2
+    assert call_pdbench("report", "no-such-folder", cwd=tmp_path).returncode == 1
+
+
 def test_streams_beyond_the_limit_of_files_are_refused_before_the_load(tmp_path: Path) -> None:
     with ScriptedServer(completions()) as server:
         load = ["--url", server.url, "--requests", "80", "--concurrency", "70", "--no-power", "--warmup", "1"]

@@ -327,14 +327,21 @@ def test_missing_event_log_is_flagged_and_decodes_queue_is_not_the_requests(
     assert "queue" not in measured_run.requests[0].phases
 
 
-def bench_of_proxy(folder: Path, has_prefill: bool, load: Callable[[int], LoadResult], power: PowerConfig) -> Run:
+def bench_of_proxy(
+    folder: Path,
+    has_prefill: bool,
+    load: Callable[[int], LoadResult],
+    power: PowerConfig,
+    console: Console | None = None,
+) -> Run:
     """A bench of a proxy that logs elsewhere than --log-dir says."""
+    console = console or Console(quiet=True)
     options = replace(OPTIONS, power=power, serve=ServeConfig(model="m", log_dir=str(folder / "other")))
     runs: dict[Path, Run] = {}
     with instance(folder, "a") as a, instance(folder, "b") as b:
         instances = {"prefill": [a], "decode": [b]} if has_prefill else {"decode": [a, b]}
         with proxy(folder, **instances) as server:
-            experiment.bench(server.url, 1, options, folder / "out", Console(quiet=True), FakeSite(load), runs)
+            experiment.bench(server.url, 1, options, folder / "out", console, FakeSite(load), runs)
     (run,) = runs.values()
     return run
 
@@ -349,6 +356,14 @@ def test_bench_of_a_proxy_that_logs_elsewhere_says_so(tmp_path: Path, has_prefil
     run = bench_of_proxy(tmp_path, has_prefill, load, OPTIONS.power)
     assert [flag.name for flag in run.flags] == ["event-log-missing"] * has_prefill
     assert list(run.requests[0].phases) == ["decode_queue" if has_prefill else "queue"]
+
+
+def test_bench_says_that_it_replaces_what_was_measured(tmp_path: Path) -> None:
+    for told in (False, True):
+        console = Console(file=io.StringIO(), width=500)
+        bench_of_proxy(tmp_path, False, measured, PowerConfig(idle_s=0), console)
+        words = f"replaces the earlier results in {tmp_path}/out/bench_results (another --out keeps them)"
+        assert (words in console.file.getvalue()) == told
 
 
 @pytest.mark.parametrize("has_prefill", [True, False])

@@ -139,7 +139,9 @@ def prefix_cache_of(run: Run) -> PrefixCache | None:
     """None where neither counters nor usage tell."""
     measured = [request for request in run.requests if not request.warmup and request.sent_s is not None]
     prefill = [[each for each in trial.prefix_cache.values() if each.role != "decode"] for trial in run.trials]
-    if prefill and all(prefill):
+    asked = {series.server for series in run.servers if series.role != "decode"}
+    # The counts of some instances say nothing of the others' prompts.
+    if prefill and all(prefill) and all(asked <= trial.prefix_cache.keys() for trial in run.trials):
         source: Literal["counters", "usage"] = "counters"
         told = [(each.prompt_tokens, each.cached_tokens) for of_trial in prefill for each in of_trial]
     else:

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from pdbench.cli.app import Language, app, check_loads, console
 from pdbench.config import LiveConfig, LoadConfig, Policy
 from pdbench.config.types import Gpus, Interval, Positive
-from pdbench.errors import UserError
+from pdbench.errors import OptionError, UserError
 
 
 @app.command
@@ -115,7 +115,7 @@ def _indices(gpus: str | None) -> list[int] | None:
     try:
         return None if gpus is None else [*dict.fromkeys(int(index) for index in gpus.split(","))]
     except ValueError:
-        raise UserError(f"--gpus {gpus} is no list of GPU indices: write for example --gpus 0,1") from None
+        raise OptionError(f"--gpus {gpus} is no list of GPU indices: write for example --gpus 0,1") from None
 
 
 @app.command

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pdbench.config import ClusterConfig, LoadConfig, PowerConfig, ProxyConfig, ServeConfig, flag_of, slo_limits
-from pdbench.errors import UserError
+from pdbench.errors import OptionError, UserError
 
 SECTIONS = {
     "serve": ServeConfig,
@@ -84,7 +84,7 @@ def read(path: Path, command: str) -> dict[str, Any]:
         for key, value in values.items():
             name = key.replace("-", "_")
             if section and name not in known:
-                raise UserError(f"{path}: no option {key} in {place}; `pdbench run --help` lists them", exit_code=2)
+                raise OptionError(f"{path}: no option {key} in {place}; `pdbench run --help` lists them")
             if name.startswith("no_"):
                 raise UserError(f"{path}: {key} is no option of a recipe: write {name[3:]} = false")
             if isinstance(value, list) and any(isinstance(each, dict) for each in value):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pdbench.errors import UserError
+from pdbench.errors import OptionError, UserError
 from pdbench.serving.plan import ServerSpec
 
 _PIN = 0.001
@@ -41,10 +41,12 @@ def pins(place: Sequence[str], nodes: Sequence[Node]) -> dict[str, Node]:
             continue
         role, equals, node = word.partition("=")
         if not equals or (role.rpartition("-")[0] not in ROLES and role not in ROLES):
-            raise UserError(f"--place {word}: write same-node, spread, or ROLE=NODE with a role of {', '.join(ROLES)}")
+            raise OptionError(
+                f"--place {word}: write same-node, spread, or ROLE=NODE with a role of {', '.join(ROLES)}"
+            )
         pinned[role] = find_node(nodes, node)
     if len({"same-node", "spread"} & set(place)) > 1:
-        raise UserError("--place same-node and spread exclude each other")
+        raise OptionError("--place same-node and spread exclude each other")
     return pinned
 
 

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from pdbench.config.groups import LOAD, Arrivals, Prompts, Requests, Statistics, Words
 from pdbench.config.types import Count, CountOrZero, NotNegative, Positive, Seconds, Share, Spread, WarmUp
-from pdbench.errors import UserError
+from pdbench.errors import OptionError
 
 _TIMEOUT_TOKENS = 256
 TEMPLATE_TOKENS = {"completions": 8, "chat": 32}
@@ -146,9 +146,9 @@ def slo_limits(slo: str) -> dict[str, str]:
     for part in map(str.strip, slo.split(",") if slo else ()):
         name = part.partition("=")[0].strip().replace("tpot", "tbt")
         if name not in names:
-            raise UserError(f"--slo: {part!r} is no limit ({', '.join(names)}) in ms, as in --slo ttft=200,tbt=50")
+            raise OptionError(f"--slo: {part!r} is no limit ({', '.join(names)}) in ms, as in --slo ttft=200,tbt=50")
         if names[name] in limits:
-            raise UserError(f"--slo {slo}: it limits {name} twice")
+            raise OptionError(f"--slo {slo}: it limits {name} twice")
         limits[names[name]] = part
     return limits
 

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.markup import escape
 
 from pdbench.analysis.meter import EnergyWindow, Meter, with_mean_power
-from pdbench.errors import UserError
+from pdbench.errors import OptionError
 from pdbench.files import check_writable, hold, save_somewhere, write_whole
 from pdbench.power.device import open_host
 from pdbench.power.sampler import Sampler, merge_records
@@ -44,7 +44,7 @@ def monitor(
     """
     if out is not None:
         if out.suffix not in (".json", ".csv"):
-            raise UserError(f"--out {out} must end in .json (everything) or .csv (the samples alone)")
+            raise OptionError(f"--out {out} must end in .json (everything) or .csv (the samples alone)")
         check_writable(out.parent)
     with hold(out.parent, out.name) if out else nullcontext():
         readers = open_host(gpus)

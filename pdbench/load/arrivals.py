@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Iterator
 
 from pdbench.config import LoadConfig
-from pdbench.errors import UserError
+from pdbench.errors import OptionError
 
 
 def constant(rate: float) -> Iterator[float]:
@@ -70,8 +70,8 @@ def read_stages(text: str) -> list[tuple[float, float, float]]:
         try:
             rate, length_s = (float(number) for number in part.split(":"))
         except ValueError:
-            raise UserError(f"--stages: {part!r} is not RATE:SECONDS, as in 2:30,20:5,2:30") from None
+            raise OptionError(f"--stages: {part!r} is not RATE:SECONDS, as in 2:30,20:5,2:30") from None
         if not (math.isfinite(rate) and math.isfinite(length_s)) or rate < 0 or length_s <= 0:
-            raise UserError(f"--stages: {part!r} needs a rate of 0 or more and a length above 0 seconds")
+            raise OptionError(f"--stages: {part!r} needs a rate of 0 or more and a length above 0 seconds")
         stages.append((rate, rate, length_s))
     return stages

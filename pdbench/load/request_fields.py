@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from pdbench.config import LoadConfig, dropped_fields
-from pdbench.errors import NOT_JSON, UserError
+from pdbench.errors import NOT_JSON, OptionError
 from pdbench.load.chunks import count
 from pdbench.load.texts import bytes_of
 from pdbench.records import Flag
@@ -30,17 +30,17 @@ def extra_body(config: LoadConfig) -> dict[str, Any]:
     """The fields of --extra-body that are sent. Raises UserError where it or --drop-fields cannot be used."""
     dropped = dropped_fields(vars(config))
     if needed := _NEEDED_FIELDS & dropped:
-        raise UserError(f"--drop-fields {' '.join(sorted(needed))}: no request can do without")
+        raise OptionError(f"--drop-fields {' '.join(sorted(needed))}: no request can do without")
     try:
         # NaN would be sent as null.
         extra = json.loads(config.extra_body, parse_constant=_no_json) if config.extra_body else {}
         msgspec.json.encode(extra)
     except NOT_JSON as error:
-        raise UserError(f"--extra-body is not JSON: {error}") from None
+        raise OptionError(f"--extra-body is not JSON: {error}") from None
     if not isinstance(extra, dict):
-        raise UserError("--extra-body must be a JSON object, as in '{\"top_k\": 1}'")
+        raise OptionError("--extra-body must be a JSON object, as in '{\"top_k\": 1}'")
     if own := _NEEDED_FIELDS & extra.keys():
-        raise UserError(
+        raise OptionError(
             f"--extra-body sets {' '.join(sorted(own))}, which the load sets: give --model, --prompt-file or --input-tokens"
         )
     return {name: value for name, value in extra.items() if name not in dropped}

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import special
 
 from pdbench.analysis.arrivals import IntArray
-from pdbench.errors import UserError
+from pdbench.errors import OptionError, UserError
 from pdbench.plan import fit
 from pdbench.plan.engine import COSTS, Demand, Deployment, Engine, Handoff, Layout, Role
 from pdbench.plan.records import Calibration, RoleCalibration
@@ -38,12 +38,12 @@ def parse_layout(text: str) -> Layout:
     else:
         layout = Layout("single", {"single": int(text == "single")})
     if max(layout.instances.values()) > MOST_INSTANCES:
-        raise UserError(
+        raise OptionError(
             f"--deployment {text}: plan simulates at most {MOST_INSTANCES:,} instances of a role: give fewer"
         )
     if all(layout.instances.values()):
         return layout
-    raise UserError(f"--deployment {text}: write single, replicas:N, or NpMd, as in 3p5d")
+    raise OptionError(f"--deployment {text}: write single, replicas:N, or NpMd, as in 3p5d")
 
 
 def sized(calibration: Calibration, layout: Layout) -> Layout:

@@ -18,7 +18,7 @@ from rich.text import Text
 from pdbench.analysis import thresholds
 from pdbench.analysis.compare import Comparison, compare, comparisons
 from pdbench.analysis.run_analysis import RunAnalysis, analyze, load_analysis, save_analysis
-from pdbench.errors import UserError, WriteError
+from pdbench.errors import OptionError, UserError, WriteError
 from pdbench.files import device_files, read_whole, results_files, write_all, write_whole
 from pdbench.records import Clock, DeviceRecord, DeviceSample, Run, load_devices, load_run, save_run
 from pdbench.report import answer, llmd, servers, tables, text
@@ -195,7 +195,7 @@ def report(
 
 def _check_png(picture: Path) -> None:
     if picture.suffix.lower() != ".png":
-        raise UserError(f"--picture {picture}: pictures are PNG files: give a name that ends in .png")
+        raise OptionError(f"--picture {picture}: pictures are PNG files: give a name that ends in .png")
 
 
 def _load(folder: Path) -> tuple[RunAnalysis, str]:

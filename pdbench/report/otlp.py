@@ -8,7 +8,7 @@ from math import isfinite
 from urllib.parse import urlsplit
 
 from pdbench.analysis.run_analysis import RunAnalysis
-from pdbench.errors import UserError
+from pdbench.errors import OptionError, UserError
 from pdbench.events import ProxyEvent, ways_of
 from pdbench.failures import kind_of
 from pdbench.records import RequestRecord, Run
@@ -47,7 +47,7 @@ class Collector:
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"--otlp {url} is no HTTP address: write for example --otlp http://127.0.0.1:4318")
+            raise OptionError(f"--otlp {url} is no HTTP address: write for example --otlp http://127.0.0.1:4318")
         self._url, self._rejected, self._reason = url, 0, ""
         session = requests.Session()
         session.hooks["response"] = [self._answered]

@@ -21,7 +21,7 @@ from pdbench.analysis.compare import Comparison, Mismatch
 from pdbench.analysis.energy import RoleEnergy
 from pdbench.analysis.metrics import METRICS, PHASES, Spread
 from pdbench.analysis.run_analysis import Range, RunAnalysis, is_foreign
-from pdbench.errors import UserError
+from pdbench.errors import OptionError
 from pdbench.report import answer, text
 from pdbench.report.text import translate as _
 
@@ -273,7 +273,7 @@ def comparison(compared: Comparison) -> Table:
 def side_by_side(runs: text.Runs, sort_by: str | None = None) -> Table:
     """A row per run, best first by `sort_by` (of `SIDE_BY_SIDE`), those without it last."""
     if sort_by is not None and sort_by not in SIDE_BY_SIDE:
-        raise UserError(f"--sort-by {sort_by}: choose from {', '.join(SIDE_BY_SIDE)}", exit_code=2)
+        raise OptionError(f"--sort-by {sort_by}: choose from {', '.join(SIDE_BY_SIDE)}")
     ordered = list(runs.items())
     if sort_by is not None:
         sign = 1 if METRICS[sort_by].lower_is_better else -1

@@ -111,14 +111,16 @@ def assign_gpus(specs: Sequence[ServerSpec], config: ServeConfig, machine: Machi
     roles = {
         role: [spec for spec in specs if spec.role == role] for role in dict.fromkeys(s.role for s in specs if s.width)
     }
-    for role, members in roles.items():
-        count, named = sum(spec.width for spec in members), getattr(config, f"{role}_gpus", ())
+    shared = shared_gpus(config)
+    sizes = {role: (len(members), members[0].width) for role, members in roles.items()}
+    if shared and "replica" in roles:  # replicas get what these roles share
+        sizes |= {role: (getattr(config, f"{role}_instances"), config.width(role)) for role in ("prefill", "decode")}
+    for role, (instances, width) in sizes.items():
+        count, named = instances * width, getattr(config, f"{role}_gpus", ())
         if named and (len(named) != count or len(set(named)) != count):
             raise UserError(
-                f"{role} runs {len(members)} instance(s) of {members[0].width} GPU(s) and is given GPUs {list(named)}: "
-                f"name {count} different ones"
+                f"{role} runs {instances} instance(s) of {width} GPU(s) and is given GPUs {list(named)}: name {count} different ones"
             )
-    shared = shared_gpus(config)
     free = [gpu for gpu in present if gpu not in config.decode_gpus or gpu in shared]
     prefill = list(config.prefill_gpus) or free[: config.prefill_instances * config.width("prefill")]
     rest = [gpu for gpu in present if gpu not in prefill]

@@ -4,7 +4,7 @@ import pytest
 
 from pdbench.analysis.compare import compare
 from pdbench.analysis.run_analysis import RunAnalysis, analyze
-from pdbench.events import PrefixCacheCounts
+from pdbench.events import PrefixCacheCounts, ServerSeries
 from pdbench.records import Run
 from pdbench.report import tables, text
 from tests.support.runs import build_run
@@ -63,6 +63,18 @@ def test_usage_tells_where_a_server_has_no_counters() -> None:
     cache = analyze(run).summary.prefix_cache
     assert cache.source == "usage" and cache.cached_pct == pytest.approx(50, abs=1)
     assert analyze(build_run("single")).summary.prefix_cache is None
+
+
+def test_counters_of_some_instances_do_not_stand_for_all() -> None:
+    run = cached(build_run("replicas"), 0.0, "replica")
+    run.servers = [ServerSeries(server=f"replica-{n}", role="replica", t_s=[0.0]) for n in (0, 1)]
+    assert analyze(run).summary.prefix_cache is None
+    for request in run.requests:
+        request.cached_prompt_tokens = request.prompt_tokens
+    analysis = analyze(run)  # the one that did not tell had all its prompts cached
+    assert analysis.summary.prefix_cache.source == "usage" and flagged(analysis)
+    run.servers[1].role = "decode"
+    assert analyze(run).summary.prefix_cache.source == "counters"
 
 
 def test_template_that_all_chat_prompts_begin_with_is_no_flag() -> None:

@@ -1,5 +1,7 @@
 """Which servers a deployment has."""
 
+from dataclasses import replace
+
 import pytest
 
 from pdbench import nvml
@@ -56,5 +58,8 @@ def test_a_server_does_not_get_a_shared_gpu_twice(
         UserError, match=r"no GPU 7 here: --decode-gpus takes indices of this host's GPUs, \[0, 1, 2, 3\]"
     ):
         assign_gpus(servers(kind, one), ServeConfig(decode_gpus=(7,)), here)
+    three = replace(one, prefill_instances=2)
+    with pytest.raises(UserError, match=r"prefill runs 2 instance\(s\) of \d GPU\(s\) and is given GPUs \[1\]"):
+        assign_gpus(servers("replicas", three), three, here)
     two = ServeConfig(prefill_gpus=(1, 3), decode_gpus=(1, 3), tensor_parallel=2)
     assert assign_gpus(servers(kind, two), two, here) == {f"{kind}-0": (1, 3)}
