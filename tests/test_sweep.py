@@ -283,7 +283,7 @@ def test_a_whole_sweep_against_a_server(tmp_path):
     rows = list(csv.DictReader((tmp_path / "sweep_summary.csv").open()))
     assert [row["concurrency"] for row in rows] == ["1", "2", "3"]
     assert all(
-        row["deployment"] == "bench" and float(row["slo_met_pct"]) == 100 and row["requests"] == "6" for row in rows
+        row["deployment"] == "bench" and float(row["slo_met_pct"]) == 100 and row["succeeded"] == "6" for row in rows
     )
     assert all(float(row["output_tokens_per_s"]) > 0 and row["j_per_output_token"] == "" for row in rows)
     assert (tmp_path / "sweep_curves.png").read_bytes().startswith(b"\x89PNG")

@@ -24,7 +24,7 @@ CURVES, TABLE = "sweep_curves.png", "sweep_summary.csv"
 Row = tuple[Mapping[str, Any], RunAnalysis]
 """One run of a sweep with the varied options' values."""
 COLUMNS = (
-    "requests", "failed", "ttft_p50_ms", "ttft_p99_ms", "tbt_p50_ms", "tbt_p99_ms", "mean_tbt_p50_ms", "mean_tbt_p99_ms",
+    "succeeded", "failed", "ttft_p50_ms", "ttft_p99_ms", "tbt_p50_ms", "tbt_p99_ms", "mean_tbt_p50_ms", "mean_tbt_p99_ms",
     "e2e_p50_ms", "output_tokens_per_s", "output_tokens_per_s_per_device", "requests_per_s", "goodput_requests_per_s",
     "slo_met_pct", "j_per_output_token",
 )  # fmt: skip

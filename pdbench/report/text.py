@@ -22,7 +22,7 @@ Runs = Mapping[str, RunAnalysis]
 """What a run is called in these tables and charts -> the run."""
 LANGUAGE: ContextVar[str] = ContextVar("language", default="en")
 METRICS = {
-    "requests": ("Requests", "", "requests.succeeded"),
+    "succeeded": ("Succeeded requests", "", "requests.succeeded"),
     "failed": ("Failed requests", "", "requests.failed"),
     "ttft_ms": ("TTFT", "ms", "ttft_ms"),
     "ttfo_ms": ("First answer token", "ms", "ttfo_ms"),
