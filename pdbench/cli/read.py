@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -100,13 +101,10 @@ def watch(*urls: str, gpus: str | None = None, live: LiveConfig = LiveConfig()) 
         raise UserError("watch needs the address of a server: `pdbench watch http://HOST:PORT ...`")
     names = {split_url(url).authority: url for url in urls}
     readers = open_host(_indices(gpus))
-    with (
-        stop_on_signals(),
-        publisher.opened(replace(live, live=True), console),
-        servers.followed(names, readers),
-    ):
-        console.print(f"watching {', '.join(names)}; Ctrl-C ends it")
-        with suppress(KeyboardInterrupt):
+    say = partial(console.print, markup=False, soft_wrap=True)
+    with stop_on_signals(), publisher.opened(replace(live, live=True), console):
+        say(f"watching {', '.join(names)}; Ctrl-C ends it")
+        with servers.followed(names, readers, say), suppress(KeyboardInterrupt):
             while True:
                 time.sleep(1.0)
 

@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from pdbench.live import publisher
@@ -27,8 +27,11 @@ _UPPER = re.compile(r'(?:^|,)\s*le="([^"]+)"')
 
 
 @contextmanager
-def followed(servers: Mapping[str, str], readers: Sequence[Reader]) -> Iterator[None]:
-    """While the block runs: `servers` (name -> URL) have their metrics read once a second, `readers` are sampled."""
+def followed(
+    servers: Mapping[str, str], readers: Sequence[Reader], say: Callable[[str], object] | None = None
+) -> Iterator[None]:
+    """While the block runs: `servers` (name -> URL) have their metrics read once a second, `readers` are sampled. `say` is told, too, who
+    answers and who does not."""
     ended = threading.Event()
 
     def follow(name: str, url: str) -> None:
@@ -42,6 +45,8 @@ def followed(servers: Mapping[str, str], readers: Sequence[Reader]) -> Iterator[
             words = "{0} answers" if read else "{0} has no metrics of vLLM or SGLang" if page else "{0} does not answer"
             if words != said:
                 publisher.stage(words, name, is_problem=not read)
+                if say:
+                    say(words.format(name))
                 said = words
             if ended.wait(_EVERY_S):
                 return

@@ -10,6 +10,7 @@ from pdbench.plan.engine import SHORT_PROMPT
 from pdbench.plan.records import Calibration, Check, Figure, Prediction, RoleCalibration, Search
 from pdbench.plan.seconds import PARTS
 from pdbench.report import chart_types, text
+from pdbench.report.answer import percent
 from pdbench.report.chart_types import BAD, GOOD, GREY, MUTED, ORANGE, SHADES, SPARE, Axis, Chart, Panel, Series, shades
 from pdbench.report.tables import Table, Value
 from pdbench.report.text import translate as _
@@ -252,7 +253,7 @@ def apart(checks: Sequence[Check]) -> list[str]:
 
 
 def error(figure: Figure | None, measured: float) -> Value:
-    return None if figure is None or not measured else f"{100 * (figure.value / measured - 1):+.1f} %"
+    return None if figure is None or not measured else percent(figure.value / measured)
 
 
 def checks_chart(of: Sequence[Check]) -> Chart:

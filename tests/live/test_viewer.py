@@ -99,5 +99,6 @@ def test_servers_that_others_load_are_watched(tmp_path):
                 ends = (json.loads(data)["end"] for name, data in stream if name == "status")
                 assert next(filter(None, ends)) == {"words": "It has ended.", "problem": False, "report": False}
             assert watch.process.wait(60) == 0
+            assert "127.0.0.1:1 does not answer\n" in watch.log.read_text()
         finally:
             end(watch)
