@@ -127,11 +127,18 @@ def headline(comparison: Comparison, runs: Runs) -> str:
     """The answer in one sentence: what is better and worse for sure, by how much, on what, how sure."""
     b = runs[comparison.names[1]]
     where = against(comparison.names)
+    unknown = {
+        name
+        for name, count in zip(comparison.names, comparison.gpus, strict=True)
+        if not count and is_foreign(runs[name])
+    }
     if comparison.equal_hardware and b.gpus:
         where = _("{0}, 1 GPU each" if b.gpus == 1 else "{0}, {1} GPUs each", where, b.gpus)
+    elif comparison.equal_hardware and any(not runs[name].summary.devices for name in unknown):
+        where = _("{0}, on hardware that is not known", where)
     elif not comparison.equal_hardware:
         counts = (
-            "?" if not count and is_foreign(runs[name]) else number(count or 0)
+            "?" if name in unknown else number(count or 0)
             for name, count in zip(comparison.names, comparison.gpus, strict=True)
         )
         where = _("Scaling, not a verdict: {0} ({2} GPUs against {1})", where, *counts)

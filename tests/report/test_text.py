@@ -203,6 +203,8 @@ def test_headline_does_not_count_gpus_that_are_not_known() -> None:
     server.config["serve"], server.devices = None, []
     analyses = {"single": analyze(build_run("single")), "bench": analyze(server)}
     assert "(? GPUs against 1)" in answer.headline(*comparisons(analyses), analyses)
+    both = {"a": analyses["bench"], "b": analyses["bench"]}
+    assert "b against a, on hardware that is not known" in answer.headline(*comparisons(both), both)
 
 
 @pytest.mark.parametrize(
