@@ -95,11 +95,12 @@ class Trace:
 
 
 class _Record(NamedTuple):
-    """A row as read: `at` is in `unit`, or in the trace's unit where that is None."""
+    """A row as read: `at` is in `unit`, or in the trace's unit where that is None; it comes `later_s` after that."""
 
     number: int
     at: float
     unit: str | None
+    later_s: float
     input_tokens: int
     output_tokens: int
     block_ids: tuple[Hashable, ...]
@@ -208,7 +209,7 @@ class _Reader:
         self._formats: Counter[str] = Counter()
         self._sessions = 0
         self._scope: int | None = None
-        self._last_of_session: dict[Any, tuple[float, str | None]] = {}
+        self._last_of_session: dict[Any, tuple[float, str | None, float]] = {}
         self._time_kind: str | None = None
 
     def take(self, number: int, row: Any) -> None:
@@ -245,7 +246,7 @@ class _Reader:
         input_tokens = self._length(number, fields, columns.input, _INPUT)
         output_tokens = self._length(number, fields, columns.output, _OUTPUT)
         self._formats[columns.form] += 1
-        at, unit = self._instant(number, fields, columns)
+        instant = self._instant(number, fields, columns)
         blocks: Any = ()
         if columns.blocks:
             blocks = next((fields[key] for key in columns.blocks if not blank(fields[key])), ())
@@ -256,7 +257,7 @@ class _Reader:
         if not _IDS.issuperset(map(type, blocks)):
             raise self.file.error(number, f"hash_ids is {short(blocks)}: give numbers or texts as ids")
         ids = tuple((self._scope, block) for block in blocks) if self._scope else tuple(blocks)
-        self.records.append(_Record(number, at, unit, input_tokens, output_tokens, ids))
+        self.records.append(_Record(number, *instant, input_tokens, output_tokens, ids))
 
     def _length(self, number: int, fields: dict[str, Any], key: str | None, known: Sequence[str]) -> int:
         if key is None:
@@ -269,13 +270,14 @@ class _Reader:
             raise self.file.error(number, f"{key} is {short(fields[key])}: give a whole number of tokens, 0 or more")
         return int(value)
 
-    def _instant(self, number: int, fields: dict[str, Any], columns: _Columns) -> tuple[float, str | None]:
-        """(time, its unit, None for the trace's) of a row; one without a time comes `delay` ms after the session's last one."""
+    def _instant(self, number: int, fields: dict[str, Any], columns: _Columns) -> tuple[float, str | None, float]:
+        """(time, its unit, None for the trace's, seconds after it) of a row; one without a time comes `delay` ms after the session's last one."""
         session = None
         if columns.sessions:
             session = next((repr(fields[key]) for key in columns.sessions if not blank(fields[key])), None)
         at: float | None
         unit: str | None
+        later_s = 0.0
         key, unit = next(((key, unit) for key, unit in columns.times if not blank(fields[key])), (None, None))
         if key is None:
             delay = input_files.number(fields.get("delay", fields.get("delay_ms")))
@@ -283,8 +285,8 @@ class _Reader:
                 turns = "" if session is None else ", nor a `delay` (ms) after an earlier turn of its session"
                 names = f"{', '.join(fields)[:200]}{turns}"
                 raise self.file.error(number, f"no arrival time (timestamp, arrival_s, ...) among {names}; {_FORMATS}")
-            before, unit = self._last_of_session[session]
-            at = before + delay * _UNITS["ms"] / _UNITS[unit or self._usual_unit(columns.form)]
+            at, unit, later_s = self._last_of_session[session]
+            later_s += delay * _UNITS["ms"]
         else:
             value = fields[key]
             # A date with a dash is no number: rows of dates are not tried as numbers first.
@@ -302,15 +304,12 @@ class _Reader:
             self._time_kind = kind
             unit = "s" if kind == "date" else self.unit or unit or None
         if session is not None:
-            self._last_of_session[session] = at, unit
-        return at, unit
-
-    def _usual_unit(self, form: str) -> str:
-        return self.unit or _UNIT.get(form, "s")
+            self._last_of_session[session] = at, unit, later_s
+        return at, unit, later_s
 
     def trace(self, name: str) -> Trace:
         form = self._formats.most_common(1)[0][0]
-        unit, notes = self._usual_unit(form), []
+        unit, notes = self.unit or _UNIT.get(form, "s"), []
         unclear = [record.at for record in self.records if record.unit is None]
         for other, factor in _UNITS.items():
             if unclear and all(_EPOCH_S[0] <= at * factor < _EPOCH_S[1] for at in unclear):
@@ -319,7 +318,7 @@ class _Reader:
                 break
         # Nanoseconds since 1970 have more digits than a float.
         zero = min(record.at for record in self.records) if len({record.unit for record in self.records}) == 1 else 0
-        scaled = [(record.at - zero) * _UNITS[record.unit or unit] for record in self.records]
+        scaled = [(record.at - zero) * _UNITS[record.unit or unit] + record.later_s for record in self.records]
         first_s = min(scaled)
         timed = [(at_s - first_s, record) for at_s, record in zip(scaled, self.records, strict=True)]
         if any(earlier[0] > later[0] for earlier, later in itertools.pairwise(timed)):
@@ -328,7 +327,7 @@ class _Reader:
         size, block_notes = self._blocks(form)
         rows = [
             TraceRow(at_s, tokens, output_tokens, block_ids[: -(-tokens // size)])
-            for at_s, (_, _, _, tokens, output_tokens, block_ids) in timed
+            for at_s, (*_, tokens, output_tokens, block_ids) in timed
             if tokens and output_tokens
         ]
         if not rows:

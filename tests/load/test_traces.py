@@ -77,6 +77,15 @@ TRACES = {
         mooncake(27000, session_id="s"),
         {"session_id": "s", "delay": 4314.579, "input_length": 396, "output_length": 109},
     ),
+    # The unit of these times is known when all of them are read.
+    "turns_epoch_ms.jsonl": lines(
+        {"session_id": "s", "timestamp": 1753780607550, "input_tokens": 374, "output_tokens": 44},
+        {"session_id": "s", "delay": 4314.579, "input_tokens": 396, "output_tokens": 109},
+    ),
+    "turns_epoch_s.jsonl": lines(
+        mooncake(1753780607, session_id="s"),
+        {"session_id": "s", "delay": 4314.579, "input_length": 396, "output_length": 109},
+    ),
 }
 
 
