@@ -276,11 +276,11 @@ def timings_of(run: Run) -> Timings:
 
 
 def _sender(way: ProxyEvent) -> str | None:
+    if way.first_token_s is not None:  # also where decode then went on alone, as instances failed
+        return "prefill"
     if way.decode_alone is not None:
         return "decode_alone"
-    if way.prefill_sent_s is None:
-        return None
-    return "decode" if way.first_token_s is None else "prefill"
+    return None if way.prefill_sent_s is None else "decode"
 
 
 def mean_ttft_parts_ms(timings: Timings) -> dict[str, float] | None:

@@ -284,6 +284,13 @@ def test_ttft_and_first_gap_are_split_by_who_sent_the_first_token():
     assert (decode.first_gap_ms.count, decode.first_gap_ms.p50) == (1, pytest.approx(50)), "one token has no gap"
 
 
+def test_prefills_first_token_stays_its_own_where_decode_went_on_alone():
+    """Decode and prefill failed after it: the proxy's event then says why another decode instance computed the prompt again."""
+    run = tiny_run(request(0))
+    run.events = [ProxyEvent(request_id="r0", first_token_s=1.1, decode_sent_s=1.2, decode_alone="prefill-failed")]
+    assert analyze(run).requests.first_token == ["prefill"]
+
+
 def test_run_without_prefill_does_not_split_its_first_tokens():
     run = tiny_run(request(0))
     run.events = [ProxyEvent(request_id="r0", decode_sent_s=1.0)]
