@@ -100,8 +100,9 @@ def cold_start(run: Run, timings: Timings) -> Iterator[Flag]:
     streams, requests = 0 if load.get("rate") else load.get("concurrency") or 1, timings.requests
     # In a closed loop all streams begin at once: their first prompts wait for each other, which later ones do not.
     figures = {"took": requests.e2e_ms} | ({} if streams else {"waited for a token": requests.ttft_ms})
+    timed = requests.ok & np.isfinite(requests.e2e_ms)  # canaries that a cache may know are not
     for trial in run.trials:
-        here = requests.ok & (requests.trial == trial.index)
+        here = timed & (requests.trial == trial.index)
         first, half = max(COLD_FIRST, -(-int(here.sum()) // 10), streams), int(here.sum()) // 2
         if half < max(first, COLD_OTHERS):
             continue

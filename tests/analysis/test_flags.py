@@ -236,6 +236,14 @@ def test_first_requests_that_take_far_longer_are_flagged_with_the_remedy() -> No
     assert flag.detail.endswith("with --warmup 40")
 
 
+def test_canaries_that_a_cache_may_know_do_not_hide_a_cold_start() -> None:
+    """Their times are not known: without them the first requests are still far slower than the others."""
+    run = slow_start(10, 10.0)
+    for request in run.requests[5::12]:
+        request.canary = Canary(number=0, repeated=True)
+    assert "cold-start" in names(run)
+
+
 def test_a_slow_first_token_at_a_rate_is_a_cold_start_too() -> None:
     run = slow_start(0, 1.0, rate=5.0)
     for request in run.requests[:8]:
