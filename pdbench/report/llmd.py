@@ -117,7 +117,8 @@ def _load(analysis: RunAnalysis) -> dict[str, Any]:
         "source": "sampled" if load.get("prompt_file") else "unknown",
         "input_seq_len": length,
     }
-    known = {"rate_qps": load.get("rate"), "concurrency": load.get("concurrency")}
+    rate = None if load.get("ramp_to") else load.get("rate")  # a ramp only begins with it
+    known = {"rate_qps": rate, "concurrency": load.get("concurrency")}
     standardized |= {name: value for name, value in known.items() if value}
     return {"metadata": {"cfg_id": _hash(load)}, "standardized": standardized, "native": {"config": load}}
 

@@ -52,6 +52,16 @@ def test_cpu_is_no_accelerator_of_a_run_on_gpus_without_power() -> None:
     assert server["standardized"]["accelerator"]["model"] == "unknown"
 
 
+def test_a_ramp_has_no_rate_of_its_own() -> None:
+    """The schema has one rate: the one that a ramp begins with would stand for the whole load."""
+
+    def said(**load) -> dict:
+        return llmd.report(analyze(build_run("single", load=load)))["scenario"]["load"]["standardized"]
+
+    assert said(rate=2.0)["rate_qps"] == 2.0
+    assert "rate_qps" not in said(rate=2.0, ramp_to=20.0)
+
+
 def test_run_whose_requests_were_never_sent_has_a_report():
     run = build_run("single", trials=1, requests=3)
     for request in run.requests:
