@@ -174,4 +174,5 @@ def most_output_tokens(load: Mapping[str, Any]) -> int | None:
     limit, extra = load.get("max_tokens_field", "max_tokens"), load.get("extra_body") or ""
     if varies or limit in dropped_fields(load) or "max_tokens" in extra or "max_completion_tokens" in extra:
         return None
-    return 1 if load.get("phase") == "prefill" else load.get("output_tokens")
+    bounds = [most for name in ("output_tokens", "max_output_tokens") if (most := load.get(name))]
+    return 1 if load.get("phase") == "prefill" else min(bounds, default=None)

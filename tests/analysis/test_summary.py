@@ -90,6 +90,7 @@ def test_goodput_counts_a_failed_request_as_missing_the_slo():
     ("more", "counted"),
     [
         ({}, 2),
+        ({"output_tokens": 64, "max_output_tokens": 11}, 2),
         ({"output_distribution": "lognormal"}, 1),
         ({"trace": "azure.csv"}, 1),
         ({"max_tokens_field": "max_tokens", "drop_fields": ["max_tokens"]}, 1),
@@ -98,6 +99,7 @@ def test_goodput_counts_a_failed_request_as_missing_the_slo():
     ],
     ids=[
         "as many tokens as asked for",
+        "as many as the cap leaves of them",
         "of many lengths",
         "of a trace",
         "without a limit",
