@@ -42,7 +42,7 @@ class Difference:
     """One metric of both runs. `ratio` is B / A, `difference` B - A; None where no interval can be drawn: `unjudged` says why.
 
     `a` and `b` are the geometric means of the trials' figures, whose ratio is `ratio.value`; where there is no ratio, the figures
-    over all trials. `trials` were compared on each side (`pairs` where they pair); `pairs` holds B / A of every pair.
+    over all trials, or of the only one. `trials` were compared on each side (`pairs` where they pair); `pairs` holds B / A of every pair.
     `trials_needed` would show a change of 5 % with 80 % power, `trials_for_change` one as large as was seen; None for over 1,000.
     `alone`: better or worse for this metric alone, not sure among all. `values` are behind a quantile, of the run that had fewer.
     """
@@ -336,6 +336,9 @@ def judge(
     if is_bound:
         return replace(seen, unjudged="slo-undecided")
     if seen.trials < 2:
+        # Of a side with one whole trial, that alone: what was cut short, or has no pair, is not compared.
+        shown = [float(side[0]) if len(side) == 1 else each.value for each, side in ((a, left), (b, right))]
+        seen = replace(seen, a=shown[0], b=shown[1]) if seen.trials else seen
         return replace(seen, unjudged="one-trial" if seen.trials else "cut-short")
     if values is not None and values < (metric.values_needed or 0):
         return replace(seen, unjudged="few-values")

@@ -5,9 +5,9 @@ import pytest
 from pdbench.analysis import thresholds
 from pdbench.analysis.compare import compare
 from pdbench.analysis.run_analysis import analyze
-from pdbench.records import Flag
+from pdbench.records import Clock, Flag
 from pdbench.report import answer
-from tests.support.runs import build_run
+from tests.support.runs import CLOCK, build_run
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,25 @@ def test_trial_that_was_cut_short_is_no_trial_of_a_comparison(flag):
     lines = compare(analysis, analyze(whole)).differences
     ttft = next(line for line in lines if line.metric.name == "ttft_p50_ms")
     assert ttft.trials == 3 and ttft.ratio.high / ttft.ratio.low < 1.02
+
+
+@pytest.mark.parametrize("same_command", [True, False])
+def test_change_seen_in_one_whole_trial_is_of_that_trial_alone(same_command):
+    """The trial that was stopped is three times as slow, and the other run's second trial has no pair."""
+    clock = CLOCK if same_command else Clock(monotonic_s=0.0, unix_s=1.7e9)
+    cut, whole = (
+        build_run(trials=2, spread=1e-3, trial_spread=1e-3),
+        build_run(trials=2, spread=1e-3, clock=clock, seed=1),
+    )
+    for request in [request for request in cut.requests if request.trial == 1]:
+        request.token_s = [request.sent_s + 3 * (at_s - request.sent_s) for at_s in request.token_s]
+        request.end_s = request.token_s[-1]
+    cut.flags = [Flag("interrupted", "trial 2: stopped early")]
+    a, b = analyze(cut), analyze(whole)
+    for line in compare(a, b).differences:
+        of_a, of_b = (run.figures[line.metric.name] for run in (a, b))
+        assert line.unjudged == "one-trial"
+        assert (line.a, line.b) == (of_a.trials[0], of_b.trials[0] if same_command else of_b.value)
 
 
 @pytest.mark.parametrize("trials", [1, 3])
