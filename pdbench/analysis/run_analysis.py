@@ -37,7 +37,7 @@ from pdbench.errors import NOT_JSON, UserError
 from pdbench.files import check_name, device_files, results_files, write_whole
 from pdbench.records import Clock, Flag, Gate, Interval, Run, load_run
 
-SCHEMA = "pdbench-analysis/11"
+SCHEMA = "pdbench-analysis/12"
 FILE = "analysis.json"
 COUNTED_SHARE = 0.01
 METADATA = ("run_id", "name", "clock", "config", "host", "versions", "gate")
