@@ -1,6 +1,7 @@
 """Devices that were throttled, measured too briefly, or whose meters disagree are flagged; silent ones are not."""
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import msgspec
@@ -313,17 +314,23 @@ def test_closed_loop_of_few_requests_per_stream_is_flagged(requests: int, flagge
     assert "few-per-stream" not in names(run)
 
 
-@pytest.mark.parametrize(("lasted_s", "flagged"), [((0.1, 0.1, 0.1, 4.0), True), ((1.0, 1.0, 1.2), False)])
-def test_closed_loop_of_very_unequal_requests_is_flagged(lasted_s: tuple[float, ...], flagged: bool) -> None:
-    """Four streams take the next request as soon as they are free."""
-    run, free_s = Run(name="r", clock=Clock(0, 0), config={"load": {"concurrency": 4}}, host={}, versions={}), [0.0] * 4
-    for index in range(32):
-        sent_s = heapq.heappop(free_s)
+def ran(load: LoadConfig, lasted_s: Sequence[float]) -> Run:
+    """A load whose requests last so long in turn; a closed loop's streams take the next one as soon as they are free."""
+    run = Run(name="r", clock=Clock(0, 0), config={"load": asdict(load)}, host={}, versions={})
+    free_s = [0.0] * (load.concurrency or 0)
+    for index in range(load.requests):
+        sent_s = index / load.rate if load.rate else heapq.heappop(free_s)
         end_s = sent_s + lasted_s[index % len(lasted_s)]
         heapq.heappush(free_s, end_s)
         run.requests.append(RequestRecord(id=str(index), planned_s=0.0, sent_s=sent_s, token_s=[end_s], end_s=end_s))
-    start_s, end_s, name = window([ClientResult(requests=run.requests, streams=4)], False)
+    start_s, end_s, name = window([ClientResult(requests=run.requests, streams=load.concurrency or 0)], bool(load.rate))
     run.trials = [Trial(index=0, start_s=start_s, end_s=end_s, client={"window": name})]
+    return run
+
+
+@pytest.mark.parametrize(("lasted_s", "flagged"), [((0.1, 0.1, 0.1, 4.0), True), ((1.0, 1.0, 1.2), False)])
+def test_closed_loop_of_very_unequal_requests_is_flagged(lasted_s: tuple[float, ...], flagged: bool) -> None:
+    run = ran(LoadConfig(concurrency=4, requests=32), lasted_s)
     assert any("very unequally" in flag.detail for flag in analyze(run).flags) == flagged
 
 
@@ -339,11 +346,7 @@ def test_closed_loop_of_very_unequal_requests_is_flagged(lasted_s: tuple[float, 
     ],
 )
 def test_window_of_filling_and_draining_is_flagged(options: dict, flagged: str) -> None:
-    load = LoadConfig(**({"requests": 6, "warmup": 0, "arrival": "constant"} | options))
-    with ScriptedServer(stream(tokens(5), pause_s=0.05)) as server:
-        result = run_load(TrialLoad(load, server.url, "m", Clock.start()))
-    run = Run(name="r", clock=Clock(0, 0), config={"load": asdict(load)}, host={}, versions={})
-    run.trials, run.requests = [result.trial], result.requests
+    run = ran(LoadConfig(**({"requests": 6} | options)), [0.2])
     details = [flag.detail for flag in analyze(run).flags if flag.name == "ramps-in-window"]
     assert [flagged in detail for detail in details] == [True] * bool(flagged)
 
