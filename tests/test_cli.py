@@ -93,6 +93,7 @@ def test_bad_input_is_one_line_and_a_failure(arguments: list[str], told: str, tm
 @pytest.mark.parametrize("wrong", [
     "run --against singel", "search --slo tftt=300", "bench --url ftp://host", "bench --stages 5", "plan a --deployment 3d5p",
     "monitor --gpus a", "report --picture a.svg",
+    "bench --trace a --trace-from 12x", "bench --trace a --trace-for 3q", "bench --primary tbt", "run --until tbt_p99_ms",
 ])  # fmt: skip
 def test_value_that_cannot_be_read_is_exit_code_2(wrong: str, tmp_path: Path) -> None:
     assert call_pdbench(*wrong.split(), cwd=tmp_path).returncode == 2

@@ -7,7 +7,7 @@ from typing import Literal
 from pdbench.analysis.compare import COUNTED_BY, Comparison, Difference
 from pdbench.analysis.metrics import METRICS
 from pdbench.analysis.significance import ConfidenceInterval
-from pdbench.errors import UserError
+from pdbench.errors import OptionError, UserError
 
 Outcome = Literal["fails", "passes", "uncertain"]
 FAILED, UNCERTAIN = 1, 3
@@ -36,16 +36,16 @@ class ThresholdResult:
 
 
 def check_metric(name: str | None, option: str) -> None:
-    """Raises UserError for a metric that does not exist."""
+    """Raises OptionError for a metric that does not exist."""
     if name is not None and name not in METRICS:
-        raise UserError(f"{option}: no metric {name}; there are {', '.join(METRICS)}")
+        raise OptionError(f"{option}: no metric {name}; there are {', '.join(METRICS)}")
 
 
 def parse_width(text: str) -> tuple[str, float]:
-    """(metric, relative half-width) of `METRIC<5%` (--until). Raises UserError when it is none."""
+    """(metric, relative half-width) of `METRIC<5%` (--until). Raises OptionError when it is none."""
     match = re.fullmatch(r"\s*(\w+)\s*<\s*(\d+(?:\.\d+)?)\s*%\s*", text)
     if match is None or float(match[2]) <= 0:
-        raise UserError(f'--until "{text}": write METRIC<PER CENT, as in "tbt_p99_ms<5%"')
+        raise OptionError(f'--until "{text}": write METRIC<PER CENT, as in "tbt_p99_ms<5%"')
     check_metric(match[1], "--until")
     return match[1], float(match[2]) / 100
 

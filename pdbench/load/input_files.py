@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pdbench.errors import NOT_JSON, UserError, in_line
+from pdbench.errors import NOT_JSON, OptionError, UserError, in_line
 
 _BINARY = {
     b"PAR1": "a Parquet file: write it as JSON Lines, as in `duckdb -c \"copy 'FILE' to 'rows.jsonl'\"`",
@@ -200,12 +200,12 @@ def date(text: Any) -> float | None:
 
 
 def read_duration(option: str, text: str) -> float:
-    """Seconds of 30s, 10m, 1.5h, 2d, 500ms, 1h30m or a number of seconds. Raises UserError."""
+    """Seconds of 30s, 10m, 1.5h, 2d, 500ms, 1h30m or a number of seconds. Raises OptionError."""
     parts = _DURATION.findall(text.replace(" ", ""))
     try:
         seconds = math.fsum(float(amount) * _DURATION_S[unit] for amount, unit in parts)
     except ValueError:
         seconds = math.nan
     if not parts or "".join(map("".join, parts)) != text.replace(" ", "") or not math.isfinite(seconds):
-        raise UserError(f"{option} {text}: give a time such as 30s, 10m, 1h30m or 12h")
+        raise OptionError(f"{option} {text}: give a time such as 30s, 10m, 1h30m or 12h")
     return seconds
