@@ -183,6 +183,9 @@ def run_summary(analysis: RunAnalysis) -> list[Table]:
     requests, known = analysis.summary.requests, times(analysis)
     counts: dict[str, Value] = {_("requests succeeded / sent"): f"{requests.succeeded} / {requests.sent}"}
     counts[text.label("output_tokens_per_s")] = text.value(analysis, "output_tokens_per_s")
+    for metric in ("goodput_requests_per_s", "slo_met_pct"):
+        if (value := text.value(analysis, metric)) is not None:
+            counts[text.label(metric)] = value
     if cached_pct := text.value(analysis, "cached_pct"):
         counts[text.label("cached_pct")] = cached_pct
     if len(finished := analysis.summary.finish_reasons) > 1:
@@ -218,9 +221,10 @@ def first_tokens(runs: text.Runs) -> list[Table]:
 def windows(analysis: RunAnalysis) -> Table:
     """Throughput, energy per token, and each device's power or use over the measured windows."""
     rows: list[list[Value]] = []
-    for metric in ("output_tokens_per_s", "requests_per_s", *ENERGY[:3]):
+    rates = ("output_tokens_per_s", "requests_per_s")
+    for metric in (*rates, "goodput_requests_per_s", *ENERGY[:3]):
         value = text.value(analysis, metric)
-        if value is not None or metric not in ENERGY:
+        if value is not None or metric in rates:
             rows.append([text.label(metric), value, "", "", ""])
     for name, device in list(analysis.summary.devices.items())[:5]:
         shown = ("power_w", "gpu_utilization_pct", "cpu_utilization_pct")

@@ -182,6 +182,17 @@ def test_who_sent_the_first_token_is_shown_where_both_did():
     assert tables.first_tokens({"disaggregated": analyze(build_run())}) == []
 
 
+def test_one_run_shows_its_goodput_where_it_has_an_slo():
+    label = "Goodput, requests/s"
+    kept = analyze(build_run(load={"concurrency": 1, "requests": 16, "slo_ttft_ms": 35.0}))
+    shown = {row[0]: row[1] for row in tables.run_summary(kept)[0].rows}
+    assert shown[label] == kept.summary.goodput.requests_per_s > 0
+    assert shown["Requests within the SLO, %"] == kept.summary.goodput.met_pct < 100
+    assert [label, shown[label], "", "", ""] in tables.windows(kept).rows
+    free = analyze(build_run())
+    assert label not in [row[0] for table in (tables.run_summary(free)[0], tables.windows(free)) for row in table.rows]
+
+
 def test_csv_says_who_sent_the_first_token():
     rows = list(csv.DictReader(io.StringIO(requests_csv(mixed_run()))))
     assert [row["first_token"] for row in rows] == ["prefill"] * 2 + ["decode"] * 4
