@@ -76,7 +76,7 @@ def tuning(options: Options, tune: Sequence[str], kinds: Sequence[str]) -> dict[
     and for a deployment that would stay as it is beside tuned ones."""
     values: dict[str, list[int | None]] = {}
     for given in tune:
-        for point in sweep.points(options, [given]):
+        for point in sweep.points(options, [given], "--tune"):
             for key, value in point.varied.items():
                 if key not in CLOCK_OPTIONS:
                     raise OptionError(

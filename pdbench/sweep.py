@@ -45,7 +45,7 @@ class Point:
         return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(repr(self.varied).encode()).hexdigest()[:8]}"
 
 
-def points(options: Options, vary: Sequence[str]) -> list[Point]:
+def points(options: Options, vary: Sequence[str], option: str = "--vary") -> list[Point]:
     """Every combination of `vary` (KEY=V1,V2,... each, an option of any section); the first key changes slowest.
 
     A tuple's values are joined by +, as in prefill_gpus=0,0+1. Raises UserError naming the key or value that is wrong.
@@ -57,14 +57,14 @@ def points(options: Options, vary: Sequence[str]) -> list[Point]:
         key, equals, values = text.partition("=")
         key = key.strip().lstrip("-").replace("-", "_")
         if not equals or not values or key in axes:
-            raise OptionError(f"--vary {text}: give each KEY=V1,V2,... once")
+            raise OptionError(f"{option} {text}: give each KEY=V1,V2,... once")
         axes[key] = [value.strip() for value in values.split(",")]
     combinations = itertools.product(*axes.values())
-    made = [_point(options, dict(zip(axes, combination, strict=True))) for combination in combinations]
+    made = [_point(options, dict(zip(axes, combination, strict=True)), option) for combination in combinations]
     names = [point.name for point in made]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise OptionError(
-            f"--vary: two points are {twice}: give each value once, values whose folders have different names"
+            f"{option}: two points are {twice}: give each value once, values whose folders have different names"
         )
     return made
 

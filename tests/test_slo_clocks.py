@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pdbench import slo_clocks
+from pdbench import slo_clocks, slo_search
 from pdbench.config import LoadConfig, Options
+from pdbench.errors import UserError
 from pdbench.records import Clock, Run
 from pdbench.report.search_sentence import sentence
 from pdbench.search.document import Document, Held, Point
@@ -71,3 +72,9 @@ def test_setting_that_nobody_can_judge_is_not_chosen_and_the_answer_says_so() ->
     document, _sent = tuned(dict.fromkeys(CLOCKS, 50.0))
     assert document.deployments[0].tuned and document.deployments[0].tuned.setting is None
     assert "no setting could be judged" in sentence(document)
+
+
+@pytest.mark.parametrize("tune", ["clock=990", "prefill_clock=fast", "prefill_clock", "prefill_clock=990,990"])
+def test_a_wrong_tune_is_not_called_a_vary(tune: str) -> None:
+    with pytest.raises(UserError, match=r"^--tune"):
+        slo_search.tuning(Options(), [tune], ["disaggregated"])
