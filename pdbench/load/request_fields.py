@@ -97,7 +97,7 @@ def refused_fields(config: LoadConfig, message: str, refused: Collection[str]) -
 
     `refused` are those that it was sent without already; fields that the user asked for are none of them.
     """
-    sent = {*_OPTIONAL_FIELDS, "temperature", config.max_tokens_field} - set(refused)
+    sent = {*_OPTIONAL_FIELDS, "temperature", config.max_tokens_field} - set(refused) - extra_body(config).keys()
     if config.ignore_eos:
         sent.discard("ignore_eos")
     if config.temperature:

@@ -144,6 +144,13 @@ def test_refused_fields_are_left_out_and_flagged(fields):
     assert ("token-ids-refused" in {flag.name for flag in result.flags}) == ("return_token_ids" in fields)
 
 
+def test_field_of_extra_body_that_is_refused_is_not_said_to_be_left_out():
+    with ScriptedServer(refusing("ignore_eos")) as server:
+        result = load(server, warmup=0, requests=2, output_tokens=7, extra_body='{"ignore_eos": true}')
+    assert [record.error.kind for record in result.requests] == ["http_400"] * 2
+    assert not any(flag.name == "fields-refused" for flag in result.flags)
+
+
 @pytest.mark.parametrize(
     ("message", "options"),
     [
