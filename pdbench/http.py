@@ -33,23 +33,25 @@ class ServerUrl:
         return http.client.HTTPConnection(self.host, self.port, timeout=timeout_s)
 
 
-def split_url(url: str, *, verify_tls: bool = True) -> ServerUrl:
-    """Take `url` apart (IPv6 in brackets, with or without a path before /v1). Raises UserError when it is not http or https."""
+def split_url(url: str, *, verify_tls: bool = True, option: str = "--url") -> ServerUrl:
+    """Take `url` apart (IPv6 in brackets, with or without a path before /v1). Raises UserError, naming `option`, when it is not http or https."""
     if "@" in url:
-        raise OptionError("--url holds a user or password, which is not sent: leave it out; OPENAI_API_KEY takes a key")
+        raise OptionError(
+            f"{option} holds a user or password, which is not sent: leave it out; OPENAI_API_KEY takes a key"
+        )
     try:
         parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
         (parts.hostname or "").encode("idna")
     except ValueError as error:  # UnicodeError is a subclass
-        raise OptionError(f"--url {url}: {error}; write it as http://HOST:PORT") from None
+        raise OptionError(f"{option} {url}: {error}; write it as http://HOST:PORT") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise OptionError(f"--url {url} is not http://HOST:PORT or https://HOST:PORT")
+        raise OptionError(f"{option} {url} is not http://HOST:PORT or https://HOST:PORT")
     if parts.query or parts.fragment:
-        raise OptionError(f"--url {url}: what follows ? or # is not sent: leave it out")
+        raise OptionError(f"{option} {url}: what follows ? or # is not sent: leave it out")
     if not parts.path.isascii() or any(letter.isspace() for letter in parts.path):
         raise OptionError(
-            f"--url {url}: its path holds spaces or letters beyond ASCII: write {quote(parts.path, safe='/%')}"
+            f"{option} {url}: its path holds spaces or letters beyond ASCII: write {quote(parts.path, safe='/%')}"
         )
     tls = None
     if parts.scheme == "https":

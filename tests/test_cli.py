@@ -75,6 +75,7 @@ from tests.support.servers import Peer, ScriptedServer, completions, stream, tok
         (["bench", "--single-gpus", "99", "--no-power"], "no GPU 99 here"),
         (["serve", "--vllm-args", "'"], "no closing quotation"),
         (["sweep", "--vary", "concurrency=4,1", "--client-processes", "2"], "2 is more than --concurrency 1"),
+        (["watch", "nonsense"], "pdbench: watch nonsense is not http://HOST:PORT"),
         (["bench", "--url", "http://127.0.0.1:9"], "no OpenAI-compatible server answers"),
         (["plan", "a", "--max-gpus", "4"], "--max-gpus limits a search"),
         (["plan", "a", "--deployment", "single", "--cheapest", "joules"], "--cheapest limits a search"),

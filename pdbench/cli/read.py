@@ -99,7 +99,7 @@ def watch(*urls: str, gpus: str | None = None, live: LiveConfig = LiveConfig()) 
 
     if not urls:
         raise UserError("watch needs the address of a server: `pdbench watch http://HOST:PORT ...`")
-    names = {split_url(url).authority: url for url in urls}
+    names = {split_url(url, option="watch").authority: url for url in urls}
     readers = open_host(_indices(gpus))
     say = partial(console.print, markup=False, soft_wrap=True)
     with stop_on_signals(), publisher.opened(replace(live, live=True), console):
