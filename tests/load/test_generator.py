@@ -287,7 +287,7 @@ def test_records_keep_due_instants_and_short_prompts(processes):
 
 def test_request_is_sent_again_without_token_ids_only_once():
     with ScriptedServer(refusal(b"400 Bad Request", "return_token_ids: unknown")) as server:
-        result = load(server, concurrency=1, requests=1, warmup=0, extra_body='{"return_token_ids": true}')
+        result = load(server, concurrency=1, requests=1, warmup=0)
         assert len(server.requests) == 2
     assert [record.error.kind for record in result.requests] == ["http_400"]
 
