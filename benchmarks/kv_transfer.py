@@ -209,6 +209,7 @@ class Measurement:
     async def tbt_beside_transfers(self) -> None:
         """Eight streams decode without a break; their gaps while KV arrives for others, and while it does not."""
         for name, busy in (("without", False), ("with", True)):
+            # Where decode takes no request of its own, these streams have been through prefill, too.
             ask = self.pair.ask if self.pair.single_url != self.pair.urls[1] else self.pair.ask_single
             streams = [asyncio.create_task(ask(self.prompt(64), self.options.stream_tokens)) for _ in range(8)]
             await asyncio.sleep(0.5)

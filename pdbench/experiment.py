@@ -187,13 +187,13 @@ def bench(
     folder = out / f"{info.name}_results"
     if folder.exists():
         check_writable(folder)
-    _say_replaced(console, [folder], "another --out keeps them")
     _check_lengths(options.load, info.config.get("max_model_len"))
     for flag in flags:
         console.print(f"  [yellow]{flag.name}[/yellow]: {escape(flag.detail)}")
     publisher.put(publisher.Flags("bench", flags))
     clocks.check(options.power, [info.local_gpus()])
     options = replace(options, load=plan.resolved(options.load))
+    _say_replaced(console, [folder], "another --out keeps them")
     clock = Clock.start()
     run = _new_run(info, clock, options)
     run.flags += flags
