@@ -125,12 +125,8 @@ rivals() {
         --model "$model" --requests 2000 --limit-s 1600 "--vllm-args=--load-format dummy $alone"
 }
 
-first_token() { # first_token [LANE]
-    vllm=$alone measure first-token 700 sweep gpu-1p1d-graphs $1 --against disaggregated --vary rate=4,8,16 first_token=prefill,either --duration-s 33 $slo
-}
-
-first_token_load() { # the same where prefill has a queue
-    vllm=$alone measure first-token-load 700 sweep gpu-1p1d-graphs --against disaggregated --vary rate=24,28,32 first_token=prefill,either --duration-s 30 $slo
+first_token() { # first_token NAME RATES SECONDS [LANE]
+    vllm=$alone measure "$1" 700 sweep gpu-1p1d-graphs $4 --against disaggregated --vary "rate=$2" first_token=prefill,either --duration-s "$3" $slo
 }
 
 dense() { # dense NAME DEPLOYMENTS [LANE]: another shape, for the planner
@@ -187,7 +183,7 @@ tensor_parallel() {
 tensor_parallel_load() {
     local load="--tensor-parallel 2 --vary rate=8,16 --trials 3 --duration-s 30 $slo"
     vllm=$alone measure tp2-single 560 sweep gpu-1p1d-graphs --against single $load &
-    first_token "$lane_b" # on the two GPUs that the single instance leaves
+    first_token first-token 4,8,16 33 "$lane_b" # on the two GPUs that the single instance leaves
     wait
     vllm=$alone measure tp2 900 sweep gpu-1p1d-graphs --against replicas,disaggregated $load
     step tests-mla-1-2 240 "$python" -m pytest -v -p no:cacheprovider -m slow tests/kv/test_tensor_parallel.py -k mla-1-2
@@ -252,8 +248,8 @@ for group in "$@"; do
     wire) connector_a ;;
     connector-checks) connector_checks ;;
     builtin) builtin ;;
-    first-token) first_token "" ;;
-    first-token-load) first_token_load ;;
+    first-token) first_token first-token 4,8,16 33 "" ;;
+    first-token-load) first_token first-token-load 24,28,32 30 "" ;; # where prefill has a queue
     dense) dense dense replicas,disaggregated "" ;;
     dense-lanes) dense_lanes ;;
     calibrate) calibrate ;;

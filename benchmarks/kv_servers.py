@@ -51,19 +51,22 @@ class Timed:
 
 @dataclass
 class Pair:
-    """A prefill and a decode server that run, and how a request goes through both."""
+    """A prefill and a decode server that run, and how a request goes through both.
+
+    `urls` and `commands` are theirs and, where decode takes no request of its own, those of a single instance beside them.
+    """
 
     connector: str
-    urls: tuple[str, str]
+    urls: tuple[str, ...]
     kv: tuple[str, str]
     folder: Path
     commands: list[tuple[list[str], dict[str, str]]]
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     push_source: dict[str, object] | None = None
-    single_url: str = ""
 
-    def __post_init__(self) -> None:
-        self.single_url = self.single_url or self.urls[1]
+    @property
+    def single_url(self) -> str:
+        return self.urls[-1]
 
     def launch(self, index: int) -> None:
         """Start server 0 (prefill), 1 (decode) or 2 (a single instance of its own), for the first time or again; its log goes on."""
@@ -174,7 +177,9 @@ def start(
     # Rank i of an instance takes its i-th KV port.
     port, kv_port = free_port(count=3), free_port(count=2 * tensor_parallel)
     ports, kv_ports = (port, port + 1), (kv_port, kv_port + tensor_parallel)
-    urls = tuple(f"http://127.0.0.1:{port}" for port in ports)
+    # A request that did not pass prefill ends the decode of vLLM's own: the single instance is a third server, without connector, on decode's GPU.
+    decode_alone = connector != "builtin-p2p-nccl"
+    urls = tuple(f"http://127.0.0.1:{port}" for port in (*ports, *(() if decode_alone else (port + 2,))))
     kv = tuple(f"127.0.0.1:{port}" for port in kv_ports)
     commands = []
     secret = secrets.token_hex(16)
@@ -206,16 +211,15 @@ def start(
             command += ["--tensor-parallel-size", str(tensor_parallel)]
         if cpu:
             command += ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "256M"]
-            command += [
-                "--attention-backend",
-                "CPU_MLA",
-            ]  # vLLM 0.32 takes one for bfloat16 alone on a processor with AMX
+            # vLLM 0.32 takes one for bfloat16 alone on a processor with AMX.
+            command += ["--attention-backend", "CPU_MLA"]
             command += ["--distributed-executor-backend", "uni" if tensor_parallel == 1 else "mp"]
             command += ["--max-model-len", "4096"]
             command += ["--compilation-config", '{"custom_ops":["all","-rotary_embedding"]}']
             environment |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         else:
-            command += ["--dtype", "bfloat16", "--max-model-len", "16384", "--gpu-memory-utilization", "0.7"]
+            command += ["--dtype", "bfloat16", "--max-model-len", "16384"]
+            command += ["--gpu-memory-utilization", "0.7" if decode_alone else "0.4"]
             first = 0 if shared_gpu else index * tensor_parallel
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             gpus = visible.split(",") if visible else [str(gpu) for gpu in range(2 * tensor_parallel)]
@@ -227,17 +231,13 @@ def start(
             if shared_gpu:
                 environment |= of_another_host(role)
         commands.append(([*command, *arguments], environment))
-    pair = Pair(connector, (urls[0], urls[1]), (kv[0], kv[1]), folder, commands)
-    if connector == "builtin-p2p-nccl":
-        # A request that did not pass prefill ends its decode: the single instance is a server beside it, without connector.
-        for command, _ in commands:
-            command += ["--gpu-memory-utilization", "0.4"]
+    if not decode_alone:
         command, environment = commands[1]
         at = command.index("--kv-transfer-config")
         alone = [*command[:at], *command[at + 2 :], "--kv-cache-memory-bytes", "8000000000"]
         alone[alone.index("--port") + 1] = str(port + 2)
         commands.append((alone, environment))
-        pair.single_url = f"http://127.0.0.1:{port + 2}"
+    pair = Pair(connector, urls, (kv[0], kv[1]), folder, commands)
     for index in range(len(commands)):
         (folder / f"{connector}-{SERVERS[index]}.log").unlink(missing_ok=True)
         pair.launch(index)
@@ -276,7 +276,7 @@ def _transfer(connector: str, role: str, kv_port: int, port: int, folder: Path, 
 def wait_healthy(pair: Pair, limit_s: float) -> str | None:
     """None when all servers that were started answer, else why not, with the log's end."""
     until_s = time.monotonic() + limit_s
-    for role, url, process in zip(SERVERS, (*pair.urls, pair.single_url), pair.processes, strict=False):
+    for role, url, process in zip(SERVERS, pair.urls, pair.processes, strict=False):
         while True:
             try:
                 urllib.request.urlopen(f"{url}/health", timeout=2).close()

@@ -210,7 +210,7 @@ class Measurement:
         """Eight streams decode without a break; their gaps while KV arrives for others, and while it does not."""
         for name, busy in (("without", False), ("with", True)):
             # Where decode takes no request of its own, these streams have been through prefill, too.
-            ask = self.pair.ask if self.pair.single_url != self.pair.urls[1] else self.pair.ask_single
+            ask = self.pair.ask if len(self.pair.urls) > 2 else self.pair.ask_single
             streams = [asyncio.create_task(ask(self.prompt(64), self.options.stream_tokens)) for _ in range(8)]
             await asyncio.sleep(0.5)
             arrived = 0
@@ -314,7 +314,7 @@ class Measurement:
 def proxy(pair: Pair, *options: str) -> Iterator[str]:
     """pdbench's proxy in front of the pair; its URL."""
     command = [sys.executable, "-m", "pdbench", "proxy", "--port", "0", "--connector", pair.connector, *options]
-    for side, url, kv in zip(("--prefill", "--decode"), pair.urls, pair.kv, strict=True):
+    for side, url, kv in zip(("--prefill", "--decode"), pair.urls[:2], pair.kv, strict=True):
         command += [side, f"{url}@{kv}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:

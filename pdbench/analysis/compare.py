@@ -335,11 +335,12 @@ def judge(
     seen = Difference(metric=metric, a=a.value, b=b.value, trials=min(len(left), len(right)), values=values)
     if is_bound:
         return replace(seen, unjudged="slo-undecided")
+    if not seen.trials:
+        return replace(seen, unjudged="cut-short")
     if seen.trials < 2:
         # Of a side with one whole trial, that alone: what was cut short, or has no pair, is not compared.
-        shown = [float(side[0]) if len(side) == 1 else each.value for each, side in ((a, left), (b, right))]
-        seen = replace(seen, a=shown[0], b=shown[1]) if seen.trials else seen
-        return replace(seen, unjudged="one-trial" if seen.trials else "cut-short")
+        of_a, of_b = (float(side[0]) if len(side) == 1 else each.value for each, side in ((a, left), (b, right)))
+        return replace(seen, a=of_a, b=of_b, unjudged="one-trial")
     if values is not None and values < (metric.values_needed or 0):
         return replace(seen, unjudged="few-values")
     seen = replace(seen, difference=effect(left, right, design).interval(confidence))
